@@ -1,0 +1,61 @@
+# Everything runs in .venv, which `make env` builds from pinned packages; nothing is installed outside this folder.
+
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+PINS := tools/constraints-cpu.txt
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.ready-bench
+SEED ?= 0
+JOBS ?= 2
+
+# One thread per process: several processes share the cores, and more threads than cores cost far more than they give.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env test test-slow test-all lint demo bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(READY) ## create .venv with the pinned packages (again only if they changed)
+
+# torch first, so that nothing else chooses its build; torchvision last and alone, because its own requirements would
+# exchange it again.
+$(READY): pyproject.toml $(PINS)
+	@test -n "$(PYTHON)" || { echo "make env: no Python 3.11 or newer found; install it or give PYTHON=/path/to/python"; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $$(grep '^torch==' $(PINS))
+	$(BIN)/pip install --quiet --editable '.[dev]' --constraint $(PINS)
+	$(BIN)/pip install --quiet --no-deps $$(grep '^torchvision==' $(PINS))
+	touch $@
+
+$(BENCH_READY): $(READY)
+	$(BIN)/pip install --quiet --editable '.[bench]' --constraint $(PINS)
+	touch $@
+
+test: env ## all fast tests
+	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist loadfile
+
+test-slow: env ## the slow tests
+	$(BIN)/pytest -m slow
+
+test-all: test test-slow ## every test
+
+lint: env ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: env ## two branches co-evolve on the mini suite (SEED=0)
+	$(BIN)/python tools/mini_base.py --seed $(SEED)
+	$(BIN)/copd train configs/mini/text_image.yaml seed=$(SEED)
+
+bench: $(BENCH_READY) ## time of a GRPO and an OPD step, beside TRL's
+	$(BIN)/python tools/bench_step.py
+
+clean: ## remove .venv and caches; runs/ is kept
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,90 @@
+"""The part of a branch that samples and judges: engine, prompt streams, teachers and verifiers.
+
+There is one in every data-parallel replica of the gang, on the replica's first rank; the replica's other ranks get the
+finished samples from it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from copd_megatron.data.stream import PromptStream
+from copd_megatron.errors import CopdError
+from copd_megatron.objectives.grpo import group_advantages
+from copd_megatron.policy.batching import NATIVE, Sample
+from copd_megatron.randomness import seed_for
+from copd_megatron.rewards.pool import RewardPool
+from copd_megatron.rollout.engine import RolloutEngine
+from copd_megatron.rollout.types import Rollout, Sampling
+
+
+@dataclass
+class Teacher:
+    """A peer's engine, and what the student asks of it. `index` is its place among the student's teachers."""
+
+    name: str
+    index: int
+    engine: RolloutEngine
+    top_k: int
+    temperature: float
+
+    def score(self, rollouts: Sequence[Rollout], version: int) -> list[Rollout]:
+        """The same rollouts with this teacher's scores. Raises CopdError if the teacher is not at `version`."""
+        if self.engine.version != version:
+            raise CopdError(
+                f"teacher {self.name!r} has weights of version {self.engine.version}, the student needs {version}"
+            )
+        scores = self.engine.score(rollouts, self.top_k, self.temperature)
+        return [replace(rollout, teacher=score) for rollout, score in zip(rollouts, scores, strict=True)]
+
+
+@dataclass
+class Actor:
+    """Samples with the branch's own weights, from any capability's prompts."""
+
+    branch: str
+    seed: int
+    rank: int
+    engine: RolloutEngine
+    streams: Mapping[str, PromptStream]
+    teachers: Mapping[str, Teacher]
+    rewards: RewardPool
+    sampling: Sampling
+    normalise_std: bool
+
+    def rollouts(self, capability: str, prompts: int, step: int) -> list[Rollout]:
+        """G rollouts for each of the next `prompts` prompts of `capability`; the draw depends on `step` alone."""
+        seed = seed_for(self.seed, "rollout", self.branch, capability, step, self.rank)
+        return self.engine.generate(self.streams[capability].draw(prompts), self.sampling, seed)
+
+    def grade(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Counter[str]]:
+        """Rollouts with rewards, and how many verdicts were not "ok", by status."""
+        verdicts = self.rewards.score([(r.prompt.verifier, r.text, r.prompt.answer) for r in rollouts])
+        graded = [replace(r, reward=verdict.reward) for r, verdict in zip(rollouts, verdicts, strict=True)]
+        return graded, Counter(verdict.status for verdict in verdicts if verdict.status != "ok")
+
+    def native_samples(self, graded: Sequence[Rollout]) -> tuple[list[Sample], int]:
+        """Training samples with group advantages, and the number of groups without reward variance.
+
+        Such groups have advantage 0 everywhere and so no gradient: all but one are left out of the computation (they
+        still count in the mean, whose denominator the caller gives).
+        """
+        rewards = torch.tensor([rollout.reward for rollout in graded], dtype=torch.float32)
+        advantages, flat = group_advantages(rewards, self.sampling.n, self.normalise_std)
+        samples = [
+            Sample(rollout, NATIVE, float(advantage)) for rollout, advantage in zip(graded, advantages, strict=True)
+        ]
+        kept = (~flat).repeat_interleave(self.sampling.n)
+        if not kept.any():
+            kept[: self.sampling.n] = True
+        return [sample for sample, keep in zip(samples, kept.tolist(), strict=True) if keep], int(flat.sum())
+
+    def cross_samples(self, scored: Mapping[str, Sequence[Rollout]]) -> list[Sample]:
+        """Training samples of rollouts that teachers have scored."""
+        return [
+            Sample(rollout, self.teachers[name].index, 0.0) for name, rollouts in scored.items() for rollout in rollouts
+        ]

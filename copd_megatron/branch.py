@@ -1,0 +1,290 @@
+"""A branch: what one rank of its gang does when `train.py` says "sample", "grade", "update", "settle".
+
+Three roles meet here. Every rank holds a shard of the policy. The first rank of each data-parallel replica has an
+`Actor` (engine, prompts, teachers, verifiers). Rank 0 also has a `Spokesman` (peers, metrics).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from copd_megatron.actor import Actor
+from copd_megatron.config import RunConfig
+from copd_megatron.errors import Interrupted
+from copd_megatron.observe.timeline import Activity
+from copd_megatron.policy import checkpoint, layout
+from copd_megatron.policy.batching import NATIVE, Sample
+from copd_megatron.policy.schedule import Loss, Measure
+from copd_megatron.policy.trainer import Policy
+from copd_megatron.probe import Probe
+from copd_megatron.rhythm import Step
+from copd_megatron.rollout.types import Rollout
+from copd_megatron.run_folder import RunFolder
+from copd_megatron.snapshots import Snapshots
+from copd_megatron.spokesman import Spokesman
+from copd_megatron.weights.hf import write_folder
+
+log = logging.getLogger(__name__)
+
+
+class Branch:
+    """One branch of a run, as seen by one rank of its gang."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        name: str,
+        folder: RunFolder,
+        policy: Policy,
+        loss: Loss,
+        drift: Measure,
+        actor: Actor | None,
+        probe: Probe | None,
+        spokesman: Spokesman | None,
+    ) -> None:
+        self.config = config
+        self.own = name
+        self.teachers = [teacher for student, teacher in config.edges if student == name]
+        self._folder = folder
+        self._policy = policy
+        self._loss = loss
+        self._drift = drift
+        self._actor = actor
+        self._probe = probe
+        self._spokesman = spokesman
+        self._snapshots = Snapshots(folder.snapshots)
+        self._step = Step(0, 0, "explore", 0, 1)
+        self._teacher_version: int | None = None
+        self._published: int | None = None
+        self._notes: dict[str, Any] = {}
+        self._began = time.perf_counter()
+
+    @property
+    def version(self) -> int:
+        """Updates this branch has made."""
+        return self._policy.version
+
+    # ------------------------------------------------------------------ one update, in the order of train.py
+
+    def enter(self) -> None:
+        """Before the first update: hand the weights to the engine and, in a fresh run, measure the starting point."""
+        self._hand_over()
+        if self.version == 0:
+            self._measure(cycle=0)
+
+    def begin(self, step: Step) -> None:
+        """Announce an update. Raises Interrupted, with a checkpoint behind it, if the run is to stop before it."""
+        self._step = step
+        self._notes = {}
+        self._began = time.perf_counter()
+        goes_on = self._from_rank_0(self._spokesman.begin(step) if self._spokesman else None)
+        if not goes_on:
+            self._save()
+            raise Interrupted(f"stopped before update {step.number}")
+
+    def rollouts(self, capability: str, prompts: int) -> list[Rollout]:
+        """G rollouts for each of `prompts` prompts (over all data-parallel ranks); empty where there is no actor."""
+        if self._actor is None:
+            return []
+        with self._span("rollout"):
+            share = prompts // layout.data_parallel_size()
+            return self._actor.rollouts(capability, share, self._step.number)
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts with their rewards."""
+        if self._actor is None:
+            return []
+        with self._span("score"):
+            graded, failures = self._actor.grade(rollouts)
+            self._notes.update({f"count/{status}": count for status, count in failures.items()})
+            return graded
+
+    def meet_teachers(self) -> None:
+        """Bring every teacher's engine to the version this step needs: the student's own, or the phase's first."""
+        live = self.config.teacher.refresh == "step"
+        wanted = self.version if live else self.version - self._step.index
+        self._teacher_version = wanted
+        if live or self._step.opens_phase:
+            self._publish()
+            self._meet(f"version/{wanted}")
+            self._forget({wanted})
+        self._load_teachers(wanted)
+
+    def score(self, teacher: str, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts with the log-probabilities that `teacher` gives their tokens."""
+        if self._actor is None:
+            return []
+        assert self._teacher_version is not None
+        with self._span("score"):
+            return self._actor.teachers[teacher].score(rollouts, self._teacher_version)
+
+    def update(self, native: Sequence[Rollout], cross: Mapping[str, Sequence[Rollout]] | None = None) -> None:
+        """One optimizer step from the branch's own graded rollouts and those that its teachers have scored."""
+        group = self.config.rl.group
+        prompts = self.config.rl.prompts if self._step.phase == "explore" else self.config.native_prompts
+        counts = {NATIVE: prompts * group}
+        counts |= {index: self.config.cross_prompts * group for index in range(len(cross or {}))}
+        samples: list[Sample] | None = None
+        if self._actor is not None:
+            self._check_versions([*native, *(rollout for scored in (cross or {}).values() for rollout in scored)])
+            native_samples, flat = self._actor.native_samples(native)
+            samples = native_samples + self._actor.cross_samples(cross or {})
+            self._note_rollouts(native, cross or {}, flat)
+        with self._span("train"):
+            trained = self._policy.update(layout.broadcast_in_replica(samples), self._loss, counts)
+        self._hand_over()
+        self._write(trained)
+
+    def settle(self) -> None:
+        """After an update: measure drift and save, where that is due."""
+        step = self._step
+        if step.closes_phase or self.version % self.config.log.probe_every == 0:
+            self._measure(step.cycle)
+        every = self.config.checkpoint.every_steps
+        if step.closes_phase or (every and self.version % every == 0):
+            self._save()
+
+    def export(self) -> None:
+        """Write the finished branch as a Hugging Face folder."""
+        weights = dict(self._policy.named_weights())
+        if self._spokesman is not None:
+            write_folder(self._folder.final(self.own), weights.items(), like=self.config.base, overwrite=True)
+
+    def end(self, ending: str) -> None:
+        """Leave a last word for the conductor and let go of the worker processes."""
+        if self._actor is not None:
+            self._actor.rewards.close()
+        if self._spokesman is not None:
+            self._spokesman.end(ending)
+
+    # ------------------------------------------------------------------ weights
+
+    def _hand_over(self) -> None:
+        with self._span("sync"):
+            weights = self._policy.named_weights()
+            if self._actor is not None:
+                self._actor.engine.update_weights(weights, self.version)
+            else:
+                for _ in weights:  # every rank takes part in gathering the shards
+                    pass
+
+    def _publish(self) -> None:
+        if self._published == self.version:
+            return
+        with self._span("sync"):
+            weights = dict(self._policy.named_weights())
+            if self._spokesman is not None:
+                self._snapshots.publish(self.own, self.version, weights.items())
+        self._published = self.version
+
+    def _load_teachers(self, version: int) -> None:
+        if self._actor is None or self._probe is None:
+            return
+        with self._span("sync"):
+            for name, teacher in self._probe.observed.items():
+                if teacher.engine.version != version:
+                    teacher.engine.update_weights(self._snapshots.weights(name, version), version)
+
+    def _forget(self, keep: set[int]) -> None:
+        """All branches stand at the same point now, so nobody still reads older versions."""
+        frozen = {self._teacher_version} if self._teacher_version is not None else set()
+        if self._spokesman is not None:
+            self._snapshots.forget(self.own, keep | frozen)
+
+    def _check_versions(self, rollouts: Sequence[Rollout]) -> None:
+        stale = {rollout.policy_version for rollout in rollouts} - {self.version}
+        if stale:
+            raise RuntimeError(f"rollouts of version {sorted(stale)} reached the update of version {self.version}")
+
+    # ------------------------------------------------------------------ drift, checkpoints
+
+    def _measure(self, cycle: int) -> None:
+        self._publish()
+        self._meet(f"probe/{self.version}")
+        self._forget({self.version})
+        self._load_teachers(self.version)
+        measured = None
+        numbers: dict[str, float] = {}
+        if self._actor is not None and self._probe is not None:
+            measured, numbers = self._probe.samples(self._actor, self.version)
+        for name, samples in layout.broadcast_in_replica(measured).items():
+            stats = self._policy.measure(samples, self._drift)
+            kind, _, teacher = name.partition("/")
+            if kind == "base":
+                numbers["kl_to_base"] = stats["kl_forward/0"]
+            elif kind == "teacher":
+                numbers[f"kl_teacher/{teacher}"] = stats["kl_forward/0"]
+            else:
+                numbers |= {f"overlap/{teacher}": stats["overlap/0"], f"symkl/{teacher}": stats["symkl/0"]}
+        if self._spokesman is not None:
+            self._spokesman.write(self.version, cycle, "probe", numbers)
+            self._spokesman.say(
+                overlap={name[8:]: value for name, value in numbers.items() if name.startswith("overlap/")},
+                symkl={name[6:]: value for name, value in numbers.items() if name.startswith("symkl/")},
+            )
+
+    def _save(self) -> None:
+        if self.version in checkpoint.valid_steps(self._folder.checkpoints(self.own)):
+            return
+        streams = {name: stream.state_dict() for name, stream in self._actor.streams.items()} if self._actor else {}
+        if self._spokesman is not None:
+            self._spokesman.say(state="checkpoint")
+            self._spokesman.sync()
+        state = {"step": self.version, "streams": streams, "seed": self.config.seed}
+        checkpoint.save(self._policy, self._folder.checkpoints(self.own), self.version, state)
+        checkpoint.prune(self._folder.checkpoints(self.own), self.config.checkpoint.keep)
+
+    # ------------------------------------------------------------------ numbers
+
+    def _note_rollouts(self, native: Sequence[Rollout], cross: Mapping[str, Sequence[Rollout]], flat: int) -> None:
+        rewards = [rollout.reward or 0.0 for rollout in native]
+        mean = sum(rewards) / len(rewards)
+        everything = [*native, *(rollout for scored in cross.values() for rollout in scored)]
+        cut = sum(rollout.finish == "length" for rollout in everything)
+        self._notes |= {
+            "reward/mean": mean,
+            "reward/std": math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards)),
+            "rollout/length": sum(len(rollout.token_ids) for rollout in everything) / len(everything),
+            "rollout/truncated": cut / len(everything),
+            "count/groups": len(native) // self.config.rl.group,
+            "count/zero_variance": flat,
+            "count/truncated": cut,
+        }
+
+    def _write(self, trained: dict[str, float]) -> None:
+        if self._spokesman is None:
+            return
+        seconds = time.perf_counter() - self._began
+        values = {self._named(key): value for key, value in trained.items()} | self._notes
+        values["tokens_per_second"] = values.get("tokens", 0) / seconds
+        values |= self._spokesman.timeline.finish(self.version)
+        self._spokesman.write(self.version, self._step.cycle, self._step.phase, values)
+        self._spokesman.say(
+            step=self.version,
+            phase_step=self._step.index + 1,
+            reward=values.get("reward/mean"),
+            tokens_per_second=values["tokens_per_second"],
+        )
+
+    def _named(self, key: str) -> str:
+        """`overlap/0` -> `overlap/image`: objectives number the teachers, people name them."""
+        head, _, tail = key.rpartition("/")
+        return f"{head}/{self.teachers[int(tail)]}" if tail.isdigit() else key
+
+    def _span(self, activity: Activity) -> AbstractContextManager[None]:
+        return self._spokesman.timeline.span(activity) if self._spokesman else nullcontext()
+
+    def _meet(self, point: str) -> None:
+        if self._spokesman is not None:
+            self._spokesman.meet(point)
+        self._from_rank_0(None)
+
+    @staticmethod
+    def _from_rank_0(value: Any) -> Any:
+        return layout.broadcast_in_gang(value)

@@ -1,0 +1,143 @@
+"""The command line: `copd train | sft | eval | convert | merge | report | doctor`.
+
+Exit codes: 0 done, 1 failed (the reason is printed last), 2 bad usage or configuration, 130 interrupted after a
+checkpoint. Heavy libraries are imported by the command that needs them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from copd_megatron.errors import ConfigError, CopdError, Interrupted
+
+app = typer.Typer(
+    name="copd",
+    help="Co-Evolving Policy Distillation at Megatron scale.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+convert_app = typer.Typer(help="Hugging Face folder to Megatron checkpoint and back.", no_args_is_help=True)
+app.add_typer(convert_app, name="convert")
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. rl.prompts=64")]
+
+
+@app.command(epilog="Example: copd train configs/mini/text_image.yaml seed=1")
+def train(config: Annotated[Path, typer.Argument(help="Run description (YAML).")], overrides: Overrides = None) -> None:
+    """Train the branches, merge them, evaluate, report. Continues a run directory that has a checkpoint."""
+    from copd_megatron.conductor import run
+    from copd_megatron.config import RunConfig, load_config
+
+    run(load_config(config, overrides or [], RunConfig), Console())
+
+
+@app.command(epilog="Example: copd sft configs/mini/base.yaml seed=1")
+def sft(
+    config: Annotated[Path, typer.Argument(help="Description of the cold start (YAML).")], overrides: Overrides = None
+) -> None:
+    """Supervised cold start: make a base model that can do the tasks in part, so that rewards have something to find."""
+    from copd_megatron.config import load_config
+    from copd_megatron.sft import SftSettings, launch
+
+    launch(load_config(config, overrides or [], SftSettings))
+
+
+@app.command("eval", epilog="Example: copd eval runs/mini/text_image_seed0/merged --suite mini --json merged.json")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
+    suite: Annotated[str, typer.Option(help="`mini`, or a run description whose branches' test data are taken.")] = "mini",
+    n: Annotated[int, typer.Option(help="Samples per problem; 1 is greedy.", min=1)] = 1,
+    problems: Annotated[int, typer.Option(help="Problems per capability.", min=1)] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of problems and samples.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the result here too.")] = None,
+) -> None:
+    """Accuracy of a model per capability, with 95% intervals."""
+    from copd_megatron.evaluate.final import evaluate_folder
+
+    evaluate_folder(model, suite, problems=problems, samples=n, seed=seed, out=json, console=Console())
+
+
+@app.command(epilog="Example: copd merge branch_a/final branch_b/final --base base -o merged")
+def merge(
+    models: Annotated[list[Path], typer.Argument(help="Hugging Face folders to merge.")],
+    base: Annotated[Path, typer.Option(help="The model they all come from; gives configuration and tokenizer.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    method: Annotated[str, typer.Option(help="linear")] = "linear",
+    weights: Annotated[str | None, typer.Option(help="One weight per model, e.g. 0.7,0.3; equal by default.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing output folder.")] = False,
+) -> None:
+    """Average models of one base into one."""
+    from copd_megatron.weights.merge import merge_folders
+
+    merge_folders(models, out=out, base=base, method=method, weights=_numbers(weights), overwrite=overwrite)
+    Console().print(f"merged {len(models)} models into {out}")
+
+
+@convert_app.command("to-megatron", epilog="Example: copd convert to-megatron base base_megatron")
+def to_megatron(
+    hf_dir: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
+    ckpt_dir: Annotated[Path, typer.Argument(help="Megatron distributed checkpoint to write.")],
+) -> None:
+    """Hugging Face folder to Megatron distributed checkpoint."""
+    from copd_megatron.weights import convert
+
+    convert.to_megatron(hf_dir, ckpt_dir)
+
+
+@convert_app.command("to-hf", epilog="Example: copd convert to-hf base_megatron base_again")
+def to_hf(
+    ckpt_dir: Annotated[Path, typer.Argument(help="Megatron distributed checkpoint.")],
+    hf_dir: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
+) -> None:
+    """Megatron distributed checkpoint to Hugging Face folder."""
+    from copd_megatron.weights import convert
+
+    convert.to_hf(ckpt_dir, hf_dir)
+
+
+@app.command(epilog="Example: copd report runs/mini/text_image_seed0")
+def report(runs: Annotated[list[Path], typer.Argument(help="Run directories; several are drawn together.")]) -> None:
+    """Write report.html, with plots, of a finished or running run."""
+    from copd_megatron.observe.report import build_report
+
+    for run in runs:
+        if not (run / "config.yaml").exists():
+            raise ConfigError(f"{run}: not a run directory (no config.yaml)")
+    Console().print(f"report: {build_report(runs if len(runs) > 1 else runs[0])}")
+
+
+@app.command(epilog="Example: copd doctor")
+def doctor() -> None:
+    """What this machine can run, and why not."""
+    from copd_megatron import doctor as examination
+
+    Console().print(examination.render(examination.diagnose()))
+
+
+def main() -> None:
+    """Entry point of `copd`."""
+    try:
+        app(standalone_mode=True)
+    except CopdError as error:
+        print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--weights {text!r}: expected numbers separated by commas, for example 0.7,0.3") from error
+
+
+if __name__ == "__main__":
+    main()

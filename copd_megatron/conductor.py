@@ -1,0 +1,170 @@
+"""`copd train`: starts one gang per branch, watches, shows progress, merges, evaluates, reports.
+
+The conductor holds no model and takes no part in training; if it is started again on the same run directory it goes on
+from the newest step at which every branch has a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from copd_megatron.config import RunConfig
+from copd_megatron.errors import CopdError, Interrupted
+from copd_megatron.evaluate.final import evaluate_run
+from copd_megatron.exchange import Supervision, serve
+from copd_megatron.gang import Gang
+from copd_megatron.observe.metrics import merge_metrics
+from copd_megatron.observe.pace import RunPlan
+from copd_megatron.observe.progress import Progress
+from copd_megatron.observe.report import build_report
+from copd_megatron.observe.status import BranchStatus
+from copd_megatron.run_folder import RunFolder
+from copd_megatron.weights.merge import merge_folders
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.25
+
+
+def run(config: RunConfig, console: Console) -> None:
+    """Do whatever of the run is not done yet. Raises CopdError with the reason if it cannot be finished."""
+    folder = RunFolder(config.run_dir)
+    folder.open(config)
+    names = [branch.name for branch in config.branches]
+    with _log_file(folder.log):
+        if not all((folder.final(name) / "config.json").exists() for name in names):
+            _train(config, folder, names, console)
+        if not folder.merged.exists():
+            weights = [config.merge.weights[name] for name in names] if config.merge.weights else None
+            merge_folders(
+                [folder.final(name) for name in names],
+                out=folder.merged,
+                base=Path(config.base),
+                method=config.merge.method,
+                weights=weights,
+            )
+            console.print(f"merged model: {folder.merged}")
+        if not folder.evaluation.exists():
+            evaluate_run(config, folder, console)
+        merge_metrics(folder.path)
+        console.print(f"report: {build_report(folder.path)}")
+
+
+def _train(config: RunConfig, folder: RunFolder, names: list[str], console: Console) -> None:
+    start = folder.common_step(names)
+    if start:
+        console.print(f"{folder.path}: continuing from step {start}")
+    store = serve()
+    supervision = Supervision(store, names)
+    gangs = {
+        branch.name: Gang(
+            branch.name,
+            branch.parallel.world,
+            ["--run", str(folder.path), "--branch", branch.name, "--store", f"{store.host}:{store.port}",
+             "--resume", str(start)],
+            folder.branch(branch.name) / "log.txt",
+        )
+        for branch in config.branches
+    }  # fmt: skip
+    rhythm = config.rhythm
+    plan = RunPlan(tuple(names), rhythm.cycles, rhythm.explore_steps, rhythm.exchange_steps)
+    try:
+        with _stop_on_signal() as stop, Progress(plan, folder.path, console) as progress:
+            _watch(gangs, supervision, progress, stop)
+    finally:
+        for gang in gangs.values():
+            gang.kill()
+    endings = {name: supervision.ending(name) or "died without a word" for name in names}
+    if all(ending == "done" for ending in endings.values()):
+        return
+    if all(ending in ("done", "interrupted") for ending in endings.values()):
+        raise Interrupted(f"stopped; the same command continues from step {folder.common_step(names)}")
+    raise CopdError(_explain(endings, gangs, folder.common_step(names)))
+
+
+def _watch(gangs: dict[str, Gang], supervision: Supervision, progress: Progress, stop: _StopRequest) -> None:
+    """Until every gang has ended: pass on status lines, deaths, and the wish to stop."""
+    running = set(gangs)
+    asked = False
+    while running:
+        for name, line in supervision.statuses().items():
+            progress.update(name, BranchStatus.from_json(line))
+        for name in sorted(running):
+            status = gangs[name].poll()
+            if status is None:
+                continue
+            running.remove(name)
+            ending = supervision.ending(name)
+            if status != 0 or ending not in ("done", "interrupted"):
+                reason = ending or f"its process died, exit status {status}"
+                log.error("branch %s: %s", name, reason)
+                progress.event(name, reason)
+                supervision.lost(name, reason)
+        if stop.requested and not asked:
+            asked = True
+            step = supervision.stop()
+            progress.event("CoPD", f"stopping: all branches save step {step} and end (again to stop at once)")
+        if stop.insisted:
+            return
+        time.sleep(_POLL_SECONDS)
+    for name, line in supervision.statuses().items():
+        progress.update(name, BranchStatus.from_json(line))
+
+
+def _explain(endings: dict[str, str], gangs: dict[str, Gang], step: int) -> str:
+    lines = [f"branch {name}: {ending} (log: {gangs[name].log})" for name, ending in endings.items()]
+    silent = [name for name, ending in endings.items() if ending.startswith("died")]
+    lines += [f"--- end of {gangs[name].log}\n{gangs[name].last_words()}" for name in silent]
+    lines.append(f"The same command continues from step {step}.")
+    return "\n".join(lines)
+
+
+class _StopRequest:
+    """How often the user has asked to stop."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        self._count += 1
+
+    @property
+    def requested(self) -> bool:
+        return self._count > 0
+
+    @property
+    def insisted(self) -> bool:
+        return self._count > 1
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[_StopRequest]:
+    request = _StopRequest()
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("copd_megatron")
+    root.setLevel(logging.INFO)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()

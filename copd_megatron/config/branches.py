@@ -1,0 +1,85 @@
+"""Branches: what each one learns from and how its gang of processes is laid out; and who teaches whom."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from copd_megatron.config.section import Section
+from copd_megatron.data.mini import MiniTask
+from copd_megatron.data.settings import SourceSettings
+
+
+class MiniData(Section):
+    """One modality of the procedural mini suite; its difficulty is `data.mini`, shared by all branches."""
+
+    modality: Literal["text", "image"]
+    """Digits as a string, or handwritten digits composed into a picture."""
+
+
+class BranchData(Section):
+    """Where a branch's prompts come from: the mini suite, or files and data sets of one's own."""
+
+    mini: MiniData | None = None
+    """A modality of the mini suite, which brings its own train, validation and test splits."""
+    train: SourceSettings | None = None
+    """Prompts that the branch is trained on."""
+    validation: SourceSettings | None = None
+    """Prompts on which drift between branches is measured; the training prompts where it is absent."""
+    test: SourceSettings | None = None
+    """Problems of the final table; the branch has no column there where it is absent."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> BranchData:
+        if (self.mini is None) == (self.train is None):
+            raise ValueError("give either `mini` or `train`, not both and not neither")
+        return self
+
+
+class Parallel(Section):
+    """The gang of one branch: how many processes, and how Megatron divides the model over them."""
+
+    world: int = Field(1, ge=1)
+    """Processes in the gang; data parallelism is what the other degrees leave over."""
+    tp: int = Field(1, ge=1)
+    """Tensor parallel degree."""
+    pp: int = Field(1, ge=1)
+    """Pipeline parallel degree."""
+
+
+class BranchConfig(Section):
+    """One branch: a capability of its own, trained by a gang of its own."""
+
+    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    """Name of the branch and of its capability."""
+    data: BranchData
+    """Its prompts."""
+    parallel: Parallel = Parallel()
+    """Its gang."""
+
+
+class Edge(Section):
+    """A directed edge: `student` learns from `teacher`."""
+
+    student: str
+    """The branch that samples and is updated."""
+    teacher: str
+    """The branch whose engine scores the samples, on prompts of the teacher's own capability."""
+
+
+class DataConfig(Section):
+    """What all branches' data have in common."""
+
+    mini: MiniTask = MiniTask()
+    """Difficulty and conventions of the mini suite (`data.mini` branches only)."""
+    mini_size: int = Field(100_000, ge=1)
+    """Virtual number of examples in the mini suite's training split."""
+    max_prompt_tokens: int = Field(16_384, ge=1)
+    """Longer prompts, image tokens included, are refused."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a prompt that is too long: stop, or leave it out and count it."""
+    reward_workers: int = Field(1, ge=1)
+    """Worker processes that run the verifiers, per data-parallel rank."""
+    reward_seconds: float = Field(5.0, gt=0)
+    """Time limit of one verification; a slower one gets reward 0 and is counted."""

@@ -1,0 +1,116 @@
+"""The whole run description."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from copd_megatron.config.branches import BranchConfig, DataConfig, Edge
+from copd_megatron.config.section import Section
+from copd_megatron.config.training import (
+    CheckpointConfig,
+    EvalConfig,
+    LogConfig,
+    MergeConfig,
+    OPDConfig,
+    PrecisionConfig,
+    RhythmConfig,
+    RLConfig,
+    RolloutConfig,
+    TeacherConfig,
+)
+from copd_megatron.policy.optimizer import OptimizerSettings
+from copd_megatron.topology import PRESETS, edges_of
+
+
+class RunConfig(Section):
+    """A training run. Only `base` and `branches` have no default."""
+
+    base: str
+    """Hugging Face folder of the model that every branch starts from."""
+    branches: tuple[BranchConfig, ...] = Field(min_length=1)
+    """The branches, one per capability."""
+    seed: int = 0
+    """Seed of every random choice."""
+    run_dir: str = "runs/copd"
+    """Folder of everything the run writes; an existing one is continued."""
+    method: Literal["copd", "merge_only"] = "copd"
+    """`copd`, or the control `merge_only`: the same branches, never taught by each other, averaged at the end."""
+    topology: str | tuple[Edge, ...] = "pair"
+    """Who teaches whom: a preset (pair, hub, mesh, ring, none; `hub` takes the first branch as hub) or a list of
+    {student, teacher}."""
+    rhythm: RhythmConfig = RhythmConfig()
+    """When a phase ends."""
+    rl: RLConfig = RLConfig()
+    """Reinforcement learning with verifiable rewards."""
+    opd: OPDConfig = OPDConfig()
+    """On-policy distillation between branches."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """AdamW and its learning rate."""
+    precision: PrecisionConfig = PrecisionConfig()
+    """Number formats and micro-batch size."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Sampling."""
+    teacher: TeacherConfig = TeacherConfig()
+    """How current teachers are."""
+    merge: MergeConfig = MergeConfig()
+    """The final merge."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    data: DataConfig = DataConfig()
+    """Common data settings."""
+    eval: EvalConfig = EvalConfig()
+    """The final table."""
+    log: LogConfig = LogConfig()
+    """Measurements along the way."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        names = [branch.name for branch in self.branches]
+        if len(set(names)) != len(names):
+            raise ValueError(f"branches: names must differ, found {names}")
+        edges_of(self.topology, names)
+        if self.merge.weights is not None and set(self.merge.weights) != set(names):
+            raise ValueError(f"merge.weights: expected one weight for each of {names}, found {sorted(self.merge.weights)}")
+        for branch in self.branches:
+            parallel = branch.parallel
+            if parallel.world % (parallel.tp * parallel.pp):
+                raise ValueError(
+                    f"branches.{branch.name}.parallel: world {parallel.world} is not a multiple of "
+                    f"tp × pp = {parallel.tp * parallel.pp}"
+                )
+            replicas = parallel.world // (parallel.tp * parallel.pp)
+            for key, prompts in {
+                "rl.prompts": self.rl.prompts,
+                "opd.native_prompts": self.native_prompts,
+                "opd.cross_prompts": self.cross_prompts,
+            }.items():
+                if prompts % replicas:
+                    raise ValueError(f"{key} = {prompts} is not a multiple of the {replicas} data-parallel ranks of "
+                                     f"branch {branch.name}")
+        return self
+
+    @property
+    def edges(self) -> tuple[tuple[str, str], ...]:
+        """(student, teacher) pairs in force; none for the control `merge_only`."""
+        if self.method == "merge_only":
+            return ()
+        return edges_of(self.topology, [branch.name for branch in self.branches])
+
+    @property
+    def native_prompts(self) -> int:
+        """Own prompts of a Phase II step."""
+        return self.opd.native_prompts or self.rl.prompts
+
+    @property
+    def cross_prompts(self) -> int:
+        """Prompts of each teacher's capability in a Phase II step."""
+        return self.opd.cross_prompts or self.rl.prompts
+
+    def branch(self, name: str) -> BranchConfig:
+        """The branch called `name`."""
+        return next(branch for branch in self.branches if branch.name == name)
+
+
+__all__ = ["PRESETS", "RunConfig"]

@@ -1,0 +1,150 @@
+"""The algorithm's settings. Defaults are the paper's where it gives them, else our choice (docs/method.md)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from copd_megatron.config.section import Section
+
+
+class RhythmConfig(Section):
+    """How the two phases alternate."""
+
+    kind: Literal["fixed"] = "fixed"
+    """`fixed`: the same number of steps in every cycle."""
+    cycles: int = Field(4, ge=1)
+    """Cycles of one Phase I and one Phase II (the paper's N; not given there)."""
+    explore_steps: int = Field(15, ge=0)
+    """Updates of Phase I in a cycle (the paper's S_RL)."""
+    exchange_steps: int = Field(10, ge=0)
+    """Updates of Phase II in a cycle (the paper's S_OPD; best ratio to S_RL there 1 : 1.5)."""
+
+    @model_validator(mode="after")
+    def _some_steps(self) -> RhythmConfig:
+        if self.explore_steps + self.exchange_steps == 0:
+            raise ValueError("explore_steps and exchange_steps are both 0: nothing would be trained")
+        return self
+
+
+class CorrectionConfig(Section):
+    """What is done about engine and trainer disagreeing on the log-probability of the same token."""
+
+    importance_cap: float | None = Field(2.0, gt=0)
+    """Truncated importance sampling: weight min(exp(trainer − engine), cap). None: off."""
+    mask: tuple[float, float] | None = None
+    """Two-sided mask: tokens whose ratio lies outside are left out of the loss, e.g. [0.5, 2.0]. None: off."""
+
+
+class RLConfig(Section):
+    """GRPO on a branch's own capability."""
+
+    prompts: int = Field(256, ge=1)
+    """Prompts of a Phase I step, over all data-parallel ranks."""
+    group: int = Field(8, ge=2)
+    """Rollouts per prompt (G)."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """Lower clip range of the ratio (ε_low)."""
+    clip_high: float = Field(0.28, gt=0)
+    """Upper clip range of the ratio (ε_high)."""
+    normalise_std: bool = True
+    """Divide the group advantage by the group's standard deviation."""
+    correction: CorrectionConfig = CorrectionConfig()
+    """Engine against trainer log-probabilities."""
+
+
+class OPDConfig(Section):
+    """Mutual on-policy distillation, the second half of every Phase II update."""
+
+    loss: Literal["sampled", "topk_reverse", "topk_forward"] = "sampled"
+    """`sampled` (the paper): policy gradient on β(log π_teacher − log π_student) of the sampled token;
+    `topk_reverse`, `topk_forward`: KL on the teacher's top-k and a tail bucket, as a loss."""
+    beta: float = Field(1.0, gt=0)
+    """Weight of the teacher's term (β)."""
+    top_k: int = Field(64, ge=1)
+    """Entries of the teacher's distribution per token; the whole vocabulary where that is smaller."""
+    delta_clip: float = Field(5.0, gt=0)
+    """Bound of the sampled token's log-ratio δ."""
+    native_prompts: int | None = Field(None, ge=1)
+    """Own prompts in a Phase II step; default `rl.prompts`."""
+    cross_prompts: int | None = Field(None, ge=1)
+    """Prompts of each teacher's capability in a Phase II step; default `rl.prompts`."""
+
+
+class TeacherConfig(Section):
+    """How current the teachers are."""
+
+    refresh: Literal["step", "phase"] = "step"
+    """`step`: the teacher has made exactly as many updates as the student; `phase`: it stays as it was when
+    Phase II began."""
+    wait_seconds: float = Field(600.0, gt=0)
+    """How long a branch waits for a peer before it stops."""
+
+
+class RolloutConfig(Section):
+    """Sampling."""
+
+    engine: Literal["embedded"] = "embedded"
+    """`embedded`: transformers' model in the branch's own process."""
+    max_new_tokens: int = Field(16_384, ge=1)
+    """Longest response; longer ones are cut and counted."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; student and teacher are compared at the same one."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling; log-probabilities stay those of the full vocabulary."""
+    top_k: int = Field(0, ge=0)
+    """Sample among the k likeliest only; 0 is off."""
+    max_rows: int = Field(512, ge=1)
+    """Sequences generated at once; bounds the embedded engine's memory."""
+
+
+class PrecisionConfig(Section):
+    """Number formats of the policy."""
+
+    params: Literal["fp32", "bf16"] = "bf16"
+    """Format of weights and activations; master weights and gradients are fp32 either way."""
+    max_tokens_per_microbatch: int = Field(16_384, ge=1)
+    """Packed tokens that go through the policy at once."""
+
+
+class MergeConfig(Section):
+    """The one model at the end."""
+
+    method: Literal["linear"] = "linear"
+    """`linear`: weighted average of the parameters (the paper: uniform)."""
+    weights: dict[str, float] | None = None
+    """Weight per branch; equal where absent."""
+
+
+class CheckpointConfig(Section):
+    """When a run can be continued from."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Also save every so many updates; the end of each phase is always saved."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept per branch."""
+
+
+class EvalConfig(Section):
+    """The table at the end of a run."""
+
+    problems: int = Field(1024, ge=1)
+    """Problems per capability of the test split."""
+    samples: int = Field(1, ge=1)
+    """Samples per problem; 1 is greedy."""
+    models: tuple[Literal["base", "branches", "merged"], ...] = ("base", "branches", "merged")
+    """Which models are evaluated."""
+
+
+class LogConfig(Section):
+    """What is measured along the way."""
+
+    overlap_k: int = Field(10, ge=1)
+    """k of overlap@k."""
+    probe_every: int = Field(5, ge=1)
+    """Updates between two measurements of drift between the branches; phase ends are always measured."""
+    probe_prompts: int = Field(64, ge=1)
+    """Validation prompts per capability in such a measurement."""
+    tensorboard: bool = True
+    """Write TensorBoard event files too."""

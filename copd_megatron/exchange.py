@@ -1,0 +1,112 @@
+"""What branches tell each other: where they are, and that one of them is gone.
+
+A TCPStore held by the conductor carries it (weights travel through `snapshots.py`). Only rank 0 of a gang speaks here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+from torch.distributed import DistStoreError, Store, TCPStore
+
+from copd_megatron.errors import PeerLost
+
+_POLL = timedelta(milliseconds=500)
+_STOP = "stop"
+
+
+def serve(host: str = "127.0.0.1") -> TCPStore:
+    """The conductor's store, on a free port of `host`."""
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
+
+def connect(host: str, port: int) -> TCPStore:
+    """A branch's connection to the conductor's store."""
+    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
+
+
+class Exchange:
+    """One branch's side of the conversation."""
+
+    def __init__(self, store: Store, me: str, branches: Sequence[str], wait_seconds: float) -> None:
+        self._store = store
+        self._wait_seconds = wait_seconds
+        self.me = me
+        self.peers = [name for name in branches if name != me]
+
+    def report(self, status: str) -> None:
+        """Publish this branch's status line (JSON) for the display."""
+        self._store.set(f"status/{self.me}", status)
+
+    def begin(self, step: int) -> bool:
+        """Say that update `step` is about to start; False if the run is to stop before it.
+
+        The order (say, then ask) lets the conductor name a step that no branch has passed, so that all of them stop,
+        and save, at the same one.
+        """
+        self._store.set(f"begun/{self.me}", str(step))
+        return not (self._store.check([_STOP]) and step >= int(self._store.get(_STOP)))
+
+    def end(self, ending: str) -> None:
+        """Leave a last word: "done", "interrupted", or "failed: reason"."""
+        self._store.set(f"ending/{self.me}", ending)
+
+    def meet(self, point: str) -> None:
+        """Return when every branch has reached `point`. Raises PeerLost if one is gone or takes too long."""
+        self._store.set(f"met/{point}/{self.me}", "1")
+        self._await([f"met/{point}/{peer}" for peer in self.peers], f"reach {point!r}")
+
+    def _await(self, keys: list[str], what: str) -> None:
+        deadline = time.monotonic() + self._wait_seconds
+        while True:
+            missing = [key for key in keys if not self._store.check([key])]
+            if not missing:
+                return
+            for peer in self.peers:
+                if self._store.check([f"lost/{peer}"]):
+                    reason = self._store.get(f"lost/{peer}").decode()
+                    raise PeerLost(f"branch {self.me!r} stops: its peer {peer!r} is gone ({reason})")
+            if time.monotonic() > deadline:
+                names = ", ".join(key.rsplit("/", 1)[1] for key in missing)
+                raise PeerLost(
+                    f"branch {self.me!r} stops: {names} did not {what} within {self._wait_seconds:g} s "
+                    "(teacher.wait_seconds)"
+                )
+            try:
+                self._store.wait(missing, _POLL)
+            except DistStoreError:
+                continue
+
+
+class Supervision:
+    """The conductor's side: read what branches say, and tell them to stop."""
+
+    def __init__(self, store: Store, branches: Sequence[str]) -> None:
+        self._store = store
+        self._branches = branches
+
+    def statuses(self) -> dict[str, str]:
+        """The newest status line of each branch that has sent one."""
+        return {name: self._store.get(f"status/{name}").decode() for name in self._branches
+                if self._store.check([f"status/{name}"])}
+
+    def ending(self, branch: str) -> str | None:
+        """A branch's last word, None if it has not left one."""
+        return self._store.get(f"ending/{branch}").decode() if self._store.check([f"ending/{branch}"]) else None
+
+    def lost(self, branch: str, reason: str) -> None:
+        """Tell the others that a branch is gone."""
+        self._store.set(f"lost/{branch}", reason)
+
+    def stop(self) -> int:
+        """Ask all branches to stop before the same update; return its number.
+
+        Two steps of margin: one that the fastest branch has begun, one that it may begin while this is being said.
+        """
+        begun = [int(self._store.get(f"begun/{name}")) for name in self._branches
+                 if self._store.check([f"begun/{name}"])]
+        last = max(begun, default=-1) + 2
+        self._store.set(_STOP, str(last))
+        return last

@@ -1,0 +1,1 @@
+"""What a branch minimises and what it measures: pure functions from tensors to tensors."""

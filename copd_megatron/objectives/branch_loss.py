@@ -1,0 +1,96 @@
+"""The loss of one branch's update: GRPO on its own capability and distillation from its teachers, added together.
+
+    loss = Σ_r weight_r · (native: w_r · surrogate(Â = group advantage) | teacher: OPD_LOSSES[opd_loss], times β)
+
+over response tokens r, where w_r corrects for the sampling engine. In Phase I every token is native; in Phase II both
+kinds come in one update; a student without own data has only the second (docs/method.md, "Algorithm").
+"""
+
+from __future__ import annotations
+
+import torch
+
+from copd_kernels.reference import partition_kl
+from copd_megatron.objectives.correction import importance_weights, mismatch_kl, sampled_kl
+from copd_megatron.objectives.distill import OPD_LOSSES, CrossTokens
+from copd_megatron.objectives.drift import pair_stats, scored_rows, teacher_top
+from copd_megatron.objectives.grpo import clipped_surrogate
+from copd_megatron.objectives.settings import LossSettings
+from copd_megatron.objectives.token_stats import token_stats
+from copd_megatron.objectives.totals import Stats, total
+from copd_megatron.policy.packed import Signals
+
+
+def branch_loss(
+    logits: torch.Tensor, targets: torch.Tensor, signals: Signals, settings: LossSettings
+) -> tuple[torch.Tensor, Stats]:
+    """Loss (a scalar with gradient) and statistics of one micro-batch; `logits` [R, V], `targets` int64 [R].
+
+    Because `signals.weight` already carries the mean, losses of micro-batches and ranks add up to the batch's. Rows of
+    weight 0 take part in nothing, whatever their other entries are. Statistics are (sum, count) over tokens:
+
+        entropy            of the student, in nats; every token
+        mismatch/kl        KL(engine ‖ trainer); every token
+        mismatch/clipped   share of tokens whose ratio of trainer to engine was truncated or masked; every token
+        rl/surrogate       the clipped surrogate without importance weights; native tokens
+        rl/clipped         share of tokens that clipping has left without gradient; native tokens
+        opd/delta          δ = log π_teacher − log π_student of the sampled token, before its clipping
+        opd/kl             KL(student ‖ teacher): on top-k and tail, or from samples (k3) without a top-k
+        overlap/t symkl/t kl_forward/t
+                           for teacher index t, as in `drift_stats`; (0, 0) without a top-k
+
+    Raises ValueError if scored rows lack what `settings.opd_loss` or `settings.overlap_k` needs.
+    """
+    native = ((signals.source < 0) & (signals.weight != 0)).nonzero()[:, 0]
+    cross = scored_rows(signals)
+    top_ids, teacher_top_logprobs = teacher_top(signals)
+    student = token_stats(logits, targets, settings.temperature, top_ids)
+    old = student.logprob.detach() if signals.old_logprobs is None else signals.old_logprobs
+    importance, corrected = importance_weights(
+        old, signals.engine_logprobs, settings.importance_cap, settings.two_sided_mask
+    )
+
+    surrogate, clipped = clipped_surrogate(
+        student.logprob[native], old[native], signals.advantage[native], settings.clip_low, settings.clip_high
+    )
+    loss = (signals.weight[native] * importance[native] * surrogate).sum()
+
+    if cross.numel() and signals.teacher_logprobs is None:
+        raise ValueError(f"{cross.numel()} tokens belong to a teacher, but the batch has no teacher_logprobs")
+    tokens = CrossTokens(
+        logprobs=student.logprob[cross],
+        old_logprobs=old[cross],
+        importance=importance[cross],
+        teacher_logprobs=old[cross] if signals.teacher_logprobs is None else signals.teacher_logprobs[cross],
+        top_logprobs=student.top_logprobs[cross],
+        teacher_top_logprobs=teacher_top_logprobs[cross],
+    )
+    if cross.numel():
+        loss = loss + (signals.weight[cross] * OPD_LOSSES[settings.opd_loss](tokens, settings)).sum()
+
+    counted = torch.cat([native, cross])
+    stats = {
+        "entropy": total(student.entropy[counted]),
+        "mismatch/kl": total(mismatch_kl(old[counted], signals.engine_logprobs[counted])),
+        "mismatch/clipped": total(corrected[counted]),
+        "rl/surrogate": total(surrogate),
+        "rl/clipped": total(clipped),
+        **_teacher_stats(tokens, logits.detach()[cross], top_ids[cross], signals.source[cross], settings),
+    }
+    return loss, stats
+
+
+@torch.no_grad()
+def _teacher_stats(
+    tokens: CrossTokens, logits: torch.Tensor, top_ids: torch.Tensor, teacher: torch.Tensor, settings: LossSettings
+) -> Stats:
+    student_top, teacher_top_logprobs = tokens.top_logprobs, tokens.teacher_top_logprobs
+    if top_ids.shape[-1]:
+        kl = partition_kl(student_top, teacher_top_logprobs, "reverse")
+    else:
+        kl = sampled_kl(tokens.old_logprobs, tokens.teacher_logprobs)
+    return {
+        "opd/delta": total(tokens.teacher_logprobs - tokens.old_logprobs),
+        "opd/kl": total(kl),
+        **pair_stats(logits, top_ids, student_top, teacher_top_logprobs, teacher, settings),
+    }

@@ -1,0 +1,120 @@
+"""How far student and teacher are apart: measured, never trained on (docs/method.md, "Overlap")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from copd_kernels.reference import partition_kl
+from copd_megatron.objectives.correction import sampled_kl
+from copd_megatron.objectives.settings import LossSettings
+from copd_megatron.objectives.token_stats import overlap, token_stats
+from copd_megatron.objectives.totals import Stats, total, totals_by
+from copd_megatron.policy.packed import Signals
+
+LOW_SUPPORT = -5.0
+"""Sequence log-ratio, in nats, below which the student hardly ever says what the teacher said."""
+
+
+def scored_rows(signals: Signals) -> torch.Tensor:
+    """Indices int64 of the rows that a teacher has scored; rows of weight 0 take part in nothing."""
+    return _is_scored(signals).nonzero()[:, 0]
+
+
+def teacher_top(signals: Signals) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teachers' ids int64 [R, K] and log-probabilities [R, K]; K = 0 if they were not asked.
+
+    Rows that no teacher has scored hold id 0, which every vocabulary has.
+    """
+    ids, logprobs = signals.teacher_top_ids, signals.teacher_top_logprobs
+    if ids is None or logprobs is None:
+        nothing = signals.source.new_zeros(len(signals.source), 0)
+        return nothing, nothing.float()
+    return torch.where(_is_scored(signals)[:, None], ids, 0), logprobs
+
+
+def pair_stats(
+    logits: torch.Tensor,
+    top_ids: torch.Tensor,
+    student_top: torch.Tensor,
+    teacher_top: torch.Tensor,
+    teacher: torch.Tensor,
+    settings: LossSettings,
+) -> Stats:
+    """`overlap/t`, `symkl/t` and `kl_forward/t` (see `drift_stats`) for each teacher index t.
+
+    `logits` [N, V], the teachers' `top_ids` [N, K] and the log-probabilities [N, K] of both sides at them; `teacher`
+    int64 [N] says whose they are. Everything is (0, 0) if K = 0.
+    """
+    names = ("overlap", "symkl", "kl_forward")
+    if top_ids.shape[-1] == 0:
+        return {f"{name}/{index}": total(student_top[:0]) for name in names for index in range(settings.teachers)}
+    overlaps = overlap(logits, top_ids, settings.overlap_k)
+    reverse = partition_kl(student_top, teacher_top, "reverse")
+    forward = partition_kl(student_top, teacher_top, "forward")
+    totals = [totals_by(teacher, values, settings.teachers) for values in (overlaps, reverse + forward, forward)]
+    return {
+        f"{name}/{index}": pairs[index]
+        for name, pairs in zip(names, totals, strict=True)
+        for index in range(settings.teachers)
+    }
+
+
+@torch.no_grad()
+def drift_stats(logits: torch.Tensor, targets: torch.Tensor, signals: Signals, settings: LossSettings) -> Stats:
+    """Drift without a loss, from a forward pass alone; arguments as for `branch_loss`.
+
+    For each teacher index t: `overlap/t` at `settings.overlap_k`; `symkl/t`, KL(S‖T) + KL(T‖S) in nats per token;
+    `kl_forward/t`, KL(T‖S). The divergences are those on the teacher's top-k and a tail bucket: never above the exact
+    ones, and exact if the top-k is the whole vocabulary. They are of the states in `logits`: on the student's own
+    rollouts overlap and symmetric KL are the paper's; on the teacher's own rollouts `kl_forward` is the metric
+    `kl_teacher`, and with the base as teacher, on the base's rollouts, it is `kl_to_base`.
+
+    Raises ValueError if a teacher has scored tokens but its top-k is missing or shorter than `overlap_k`.
+    """
+    rows = scored_rows(signals)
+    top_ids, teacher_logprobs = (top[rows] for top in teacher_top(signals))
+    if rows.numel() and top_ids.shape[-1] == 0:
+        raise ValueError("drift needs the teacher's top-k at every scored token, and the teacher was not asked for it")
+    student = token_stats(logits[rows], targets[rows], settings.temperature, top_ids)
+    return pair_stats(logits[rows], top_ids, student.top_logprobs, teacher_logprobs, signals.source[rows], settings)
+
+
+def low_support(
+    student_logprobs: Sequence[torch.Tensor], teacher_logprobs: Sequence[torch.Tensor], threshold: float = LOW_SUPPORT
+) -> torch.Tensor:
+    """Share of the teacher's own rollouts that the student can hardly say any more, as (number, rollouts) float64 [2].
+
+    Both arguments hold one tensor [R_i] per rollout, the log-probabilities of the same tokens. A rollout counts if
+    Σ log π_student − Σ log π_teacher < `threshold`. This is the metric `support`.
+    """
+    ratios = [
+        (student.double() - teacher.double()).sum()
+        for student, teacher in _same_tokens(student_logprobs, teacher_logprobs)
+    ]
+    return total(torch.stack(ratios) < threshold) if ratios else torch.zeros(2, dtype=torch.float64)
+
+
+def kl_on_rollouts(sampler_logprobs: Sequence[torch.Tensor], other_logprobs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """k3 estimate of KL(sampler ‖ other) per token, on the sampler's own rollouts, as (sum, tokens) float64 [2].
+
+    Arguments as in `low_support`. With the teacher as sampler and the student as other this is the metric `kl_teacher`;
+    with the base as sampler and the branch as other, on the branch's own prompts, `kl_to_base` (RL's Razor, arXiv
+    2509.04259). Both need nothing but an engine that scores.
+    """
+    pairs = _same_tokens(sampler_logprobs, other_logprobs)
+    if not pairs:
+        return torch.zeros(2, dtype=torch.float64)
+    return total(torch.cat([sampled_kl(sampler.double(), other.double()) for sampler, other in pairs]))
+
+
+def _is_scored(signals: Signals) -> torch.Tensor:
+    return (signals.source >= 0) & (signals.weight != 0)
+
+
+def _same_tokens(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    lengths, other_lengths = [len(logprobs) for logprobs in one], [len(logprobs) for logprobs in other]
+    if lengths != other_lengths:
+        raise ValueError(f"log-probabilities of different tokens: lengths {lengths} against {other_lengths}")
+    return list(zip(one, other, strict=True))

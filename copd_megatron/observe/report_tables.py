@@ -1,0 +1,130 @@
+"""The report's tables, as rows of text. A cell without a number shows a dash."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from copd_megatron.observe.progress import duration
+from copd_megatron.observe.record import RunRecord
+from copd_megatron.observe.results import ModelResult, Score
+
+ABSENT = "–"
+COUNTERS = {
+    "count/groups": "groups of rollouts",
+    "count/zero_variance": "groups without reward variance (no gradient)",
+    "count/unparsable": "answers that could not be parsed",
+    "count/truncated": "responses cut at the length limit",
+    "count/skipped": "updates skipped (loss or gradient not finite)",
+    "count/refused": "prompts refused (too long)",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a header; the first column is a name, the others are numbers."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def summary_table(records: Sequence[RunRecord], names: Sequence[str]) -> Table | None:
+    """One row per branch: how far, how good, how fast. `names` of the runs are shown where there are several."""
+    rows = []
+    for name, record, branch in [(n, r, b) for n, r in zip(names, records, strict=True) for b in r.branches]:
+        rewards = record.series(branch, "reward/mean").finite
+        tenth = max(1, len(rewards) // 10)
+        memory = record.series(branch, "memory_gib") or record.series(branch, "rss_gib")
+        seconds = record.series(branch, "time/step").finite
+        rows.append(
+            (
+                branch if len(records) == 1 else f"{name}: {branch}",
+                str(record.steps_done(branch)),
+                number(mean(rewards[:tenth])),
+                number(mean(rewards[-tenth:])),
+                number(mean(record.series(branch, "tokens_per_second").finite), 0),
+                number(max(memory.finite, default=None), 2),
+                duration(sum(seconds)) if seconds else ABSENT,
+            )
+        )
+    header = (
+        "branch",
+        "updates",
+        "reward, first tenth",
+        "reward, last tenth",
+        "tokens/s",
+        "peak memory, GiB",
+        "time in steps",
+    )
+    return Table(header, tuple(rows)) if rows else None
+
+
+def drift_table(record: RunRecord) -> Table | None:
+    """Overlap and symmetric KL of every edge at the end of both phases of every cycle, where they were measured."""
+    ends: dict[int, dict[str, int]] = {}
+    for period in record.periods():
+        ends.setdefault(period.cycle, {})[period.phase] = period.end
+    rows = []
+    for student, teacher in dict.fromkeys([*record.edges("overlap"), *record.edges("symkl")]):
+        measured = {
+            metric: dict(zip(series.steps, series.values, strict=True))
+            for metric in ("overlap", "symkl")
+            for series in [record.series(student, f"{metric}/{teacher}")]
+        }
+        for cycle, steps in ends.items():
+            cells = [
+                number(measured[metric].get(steps.get(phase, -1)))
+                for metric in ("overlap", "symkl")
+                for phase in ("explore", "exchange")
+            ]
+            if set(cells) != {ABSENT}:
+                rows.append((f"{student} ← {teacher}", str(cycle + 1), *cells))
+    header = (
+        "student ← teacher",
+        "cycle",
+        "overlap after Phase I",
+        "after Phase II",
+        "symmetric KL after Phase I",
+        "after Phase II",
+    )
+    return Table(header, tuple(rows)) if rows else None
+
+
+def counter_table(record: RunRecord) -> Table | None:
+    """Events of the whole run, summed over its steps; what was never counted shows a dash, not a zero."""
+    keys = dict.fromkeys([*COUNTERS, *(key for line in record.lines for key in line if key.startswith("count/"))])
+    rows = []
+    for key in keys:
+        found = [record.series(branch, key).finite for branch in record.branches]
+        totals = tuple(f"{sum(values):,.0f}" if values else ABSENT for values in found)
+        rows.append((COUNTERS.get(key, key.removeprefix("count/").replace("_", " ")), *totals))
+    if all(cell == ABSENT for row in rows for cell in row[1:]):
+        return None
+    return Table(("event", *record.branches), tuple(rows))
+
+
+def accuracy_table(models: Sequence[ModelResult]) -> Table | None:
+    """Accuracy and 95% interval, in percent, of every model."""
+    capabilities = dict.fromkeys(name for model in models for name in model.capabilities)
+    rows = tuple(
+        (model.name, *(_score(model.capabilities.get(name)) for name in capabilities), _score(model.overall))
+        for model in models
+    )
+    return Table(("model", *capabilities, "overall"), rows) if rows else None
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with fixed digits, or a dash."""
+    return ABSENT if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Mean; None of nothing."""
+    return sum(values) / len(values) if values else None
+
+
+def _score(score: Score | None) -> str:
+    if score is None:
+        return ABSENT
+    return f"{100 * score.accuracy:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"

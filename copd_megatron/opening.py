@@ -1,0 +1,154 @@
+"""Putting a branch together from its configuration: policy on every rank, actor and spokesman where they belong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from copd_megatron.actor import Actor, Teacher
+from copd_megatron.branch import Branch
+from copd_megatron.config import RunConfig
+from copd_megatron.data.capability import Capability, first, open_capability
+from copd_megatron.data.prompts import PromptBuilder, load_processor, stop_token_ids
+from copd_megatron.data.sampler import Sampler
+from copd_megatron.data.stream import PromptStream
+from copd_megatron.errors import DataError
+from copd_megatron.exchange import Exchange, connect
+from copd_megatron.objectives.branch_loss import branch_loss
+from copd_megatron.objectives.drift import drift_stats
+from copd_megatron.objectives.settings import LossSettings
+from copd_megatron.policy import checkpoint, layout
+from copd_megatron.policy.trainer import Policy
+from copd_megatron.probe import Probe, probe_sampling
+from copd_megatron.rewards.pool import RewardPool
+from copd_megatron.rollout.embedded import EmbeddedEngine
+from copd_megatron.rollout.types import Prompt, Sampling
+from copd_megatron.run_folder import RunFolder
+from copd_megatron.spokesman import Spokesman
+
+
+def open_branch(run: str, name: str, store: str, resume: int) -> Branch:
+    """This rank's part of branch `name`, at checkpoint `resume` (0: the base). Called by every rank of the gang."""
+    torch.set_num_threads(1)
+    folder = RunFolder(run)
+    config = folder.config()
+    parallel = config.branch(name).parallel
+    degrees = layout.Layout(world=parallel.world, tp=parallel.tp, pp=parallel.pp)
+    layout.initialize(degrees, config.seed)
+
+    policy = Policy(
+        config.base, degrees, config.optimizer, config.precision.params, config.precision.max_tokens_per_microbatch
+    )
+    state = checkpoint.load(policy, checkpoint.folder(folder.checkpoints(name), resume)) if resume else None
+    actor = probe = spokesman = None
+    if layout.is_replica_leader():
+        actor, probe = _open_actor(config, name)
+        for capability, position in (state or {}).get("streams", {}).items():
+            actor.streams[capability].load_state_dict(position)
+    if dist.get_rank() == 0:
+        host, port = store.rsplit(":", 1)
+        exchange = Exchange(
+            connect(host, int(port)), name, [branch.name for branch in config.branches], config.teacher.wait_seconds
+        )
+        tensorboard = folder.path / "tensorboard" / name if config.log.tensorboard else None
+        spokesman = Spokesman(exchange, folder.branch(name), tensorboard)
+        spokesman.resume(resume)
+    losses = _loss_settings(config, name)
+    return Branch(
+        config,
+        name,
+        folder,
+        policy,
+        partial(branch_loss, settings=losses),
+        partial(drift_stats, settings=replace(losses, teachers=1)),
+        actor,
+        probe,
+        spokesman,
+    )
+
+
+def _open_actor(config: RunConfig, name: str) -> tuple[Actor, Probe]:
+    teachers = [teacher for student, teacher in config.edges if student == name]
+    observed = teachers or [branch.name for branch in config.branches if branch.name != name]
+    test_size = config.eval.problems
+    capabilities = {
+        branch.name: open_capability(branch, config.data, config.seed, test_size)
+        for branch in config.branches
+        if branch.name == name or branch.name in observed
+    }
+    processor = load_processor(config.base)
+    builder = PromptBuilder(processor, config.data.max_prompt_tokens)
+    rollout = config.rollout
+    sampling = Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        stop_token_ids=stop_token_ids(config.base, processor.tokenizer),
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        n=config.rl.group,
+    )
+    rank, replicas = layout.data_parallel_rank(), layout.data_parallel_size()
+    streams = {
+        capability.name: PromptStream(
+            capability,
+            builder,
+            Sampler(len(capability.train), config.seed, f"{name}/{capability.name}", rank, replicas),
+            skip=config.data.on_error == "skip",
+        )
+        for capability in capabilities.values()
+    }
+
+    def teacher(peer: str, index: int, load_weights: bool = False) -> Teacher:
+        engine = EmbeddedEngine(peer, config.base, load_weights=load_weights, max_rows=rollout.max_rows)
+        return Teacher(peer, index, engine, config.opd.top_k, rollout.temperature)
+
+    peers = {peer: teacher(peer, index) for index, peer in enumerate(observed)}
+    actor = Actor(
+        branch=name,
+        seed=config.seed,
+        rank=rank,
+        engine=EmbeddedEngine(name, config.base, load_weights=False, max_rows=rollout.max_rows),
+        streams=streams,
+        teachers={peer: peers[peer] for peer in teachers},
+        rewards=RewardPool(config.data.reward_workers, config.data.reward_seconds),
+        sampling=sampling,
+        normalise_std=config.rl.normalise_std,
+    )
+    probe = Probe(
+        student=name,
+        seed=config.seed,
+        observed=peers,
+        base=teacher("base", 0, load_weights=True),
+        prompts={
+            capability.name: _probe_prompts(capability, builder, config.log.probe_prompts)
+            for capability in capabilities.values()
+        },
+        sampling=probe_sampling(sampling),
+    )
+    return actor, probe
+
+
+def _probe_prompts(capability: Capability, builder: PromptBuilder, count: int) -> list[Prompt]:
+    prompts, refused = builder.build_many(first(capability.validation, count), capability.name)
+    if not prompts:
+        reasons = "; ".join(f"{uid}: {reason}" for uid, reason in refused[:3])
+        raise DataError(f"{capability.name}: no validation prompt can be used ({reasons})")
+    return prompts
+
+
+def _loss_settings(config: RunConfig, name: str) -> LossSettings:
+    return LossSettings(
+        temperature=config.rollout.temperature,
+        clip_low=config.rl.clip_low,
+        clip_high=config.rl.clip_high,
+        opd_loss=config.opd.loss,
+        beta=config.opd.beta,
+        delta_clip=config.opd.delta_clip,
+        overlap_k=config.log.overlap_k,
+        importance_cap=config.rl.correction.importance_cap,
+        two_sided_mask=config.rl.correction.mask,
+        teachers=sum(student == name for student, _ in config.edges),
+    )

@@ -1,0 +1,77 @@
+"""Micro-batches without padding, in which the responses of a group share one copy of their prompt.
+
+Token order of a micro-batch: every prompt's tokens one after another, then every response's *input* tokens one after
+another. A response's input leaves out its last token, because nothing is predicted from it. The G responses to one
+prompt all continue the same packed prompt: the prompt is computed once, with gradient, in place of G times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Who attends to whom.
+
+    Prompt i attends within itself (causally, or to all of itself if not `causal`). Response j attends to the whole of
+    prompt `prompt_of[j]` and causally to itself. `prompt_lengths` int64 [prompts], `response_lengths` int64
+    [responses] (input tokens, may be 0), `prompt_of` int64 [responses]. CPU tensors; the total is T.
+    """
+
+    prompt_lengths: torch.Tensor
+    response_lengths: torch.Tensor
+    prompt_of: torch.Tensor
+    causal: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of packed tokens."""
+        return int(self.prompt_lengths.sum() + self.response_lengths.sum())
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What the objectives need, one entry per response token (R in all, responses in packed order).
+
+    `source` int64 [R]: -1 for the branch's own capability (native), else the index of the teacher. `weight` float32
+    [R] turns a sum over tokens into the objective's mean (over a sequence's tokens, then over sequences of the same
+    source, over the whole batch and all data-parallel ranks). `advantage` [R] is the group advantage (0 where a
+    teacher speaks). `engine_logprobs` [R] are those of the sampling engine. `old_logprobs` [R] are the trainer's own
+    before the first update on this batch; None means the update is the first, and the current ones are taken.
+    Teacher tensors are None in a batch without teachers; rows of native tokens are then ignored.
+    """
+
+    source: torch.Tensor
+    weight: torch.Tensor
+    advantage: torch.Tensor
+    engine_logprobs: torch.Tensor
+    old_logprobs: torch.Tensor | None = None
+    teacher_logprobs: torch.Tensor | None = None
+    teacher_top_ids: torch.Tensor | None = None
+    teacher_top_logprobs: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One pass through the policy.
+
+    `token_ids` int64 [T]; `position_ids` int64 [3, T] (time, row, column: interleaved M-RoPE); `pixel_values`
+    [patches, patch dim] and `grid_thw` [images, 3] of the prompts' images in order, or None; `visual_index` int64
+    [merged patches] says where in T each merged patch goes. `logit_index` int64 [R] is the position whose hidden state
+    predicts response token r (the first token of a response is predicted from its prompt's last token); `targets`
+    int64 [R] are the response tokens; `sequence` int64 [R] numbers the response a token belongs to.
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segments: Segments
+    logit_index: torch.Tensor
+    targets: torch.Tensor
+    sequence: torch.Tensor
+    signals: Signals
+    pixel_values: torch.Tensor | None = None
+    grid_thw: torch.Tensor | None = None
+    visual_index: torch.Tensor | None = None

@@ -1,0 +1,241 @@
+"""One code path for CPU and GPU: what megatron-core takes for granted of CUDA, given to it by the CPU.
+
+`prepare()` comes before the first import of anything from `megatron`. Where CUDA is available it changes nothing. Each
+substitution is one function, whose docstring names what fails without it (megatron-core 0.16.1, torch 2.13).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_prepared = False
+_torchvision_schemas: torch.library.Library | None = None
+
+
+def on_gpu() -> bool:
+    """Whether the policy runs on CUDA devices."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Where this process keeps its part of the policy."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend that moves tensors of `device()`."""
+    return "nccl" if on_gpu() else "gloo"
+
+
+def has_transformer_engine() -> bool:
+    """Whether layers are built from Transformer Engine's modules; it has none for CPU."""
+    return on_gpu() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def prepare() -> None:
+    """Make megatron-core usable in this process. Idempotent; must precede the first import from `megatron`."""
+    global _prepared
+    if _prepared:
+        return
+    _prepared = True
+    if on_gpu():
+        return
+    for substitute in (
+        _no_compilation,
+        _current_device,
+        _device_literals,
+        _moves_to_cuda,
+        _synchronisation,
+        _streams,
+        _generator_state,
+    ):
+        substitute()
+    for substitute in (_megatron_generator_state, _optimizer_type_names, _adam_state_before_load, _adam_step_per_tensor):
+        substitute()
+
+
+def declare_torchvision_schemas() -> None:
+    """Let `transformers` import torchvision where its compiled extension does not load.
+
+    torchvision from PyPI is linked to CUDA: beside a CPU build of torch its extension is left out, and registering
+    the shape function of `torchvision::nms` then fails with "operator torchvision::nms does not exist". Declaring the
+    two operators is enough: the project calls neither. Idempotent; does nothing where the extension loads.
+    """
+    global _torchvision_schemas
+    found = importlib.util.find_spec("torchvision")
+    if _torchvision_schemas is not None or found is None or "torchvision" in sys.modules:
+        return
+    for folder in found.submodule_search_locations or ():
+        for extension in Path(folder).glob("_C*.so"):
+            with contextlib.suppress(OSError, RuntimeError):
+                torch.ops.load_library(extension)
+                return
+    _torchvision_schemas = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        _torchvision_schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def _no_compilation() -> None:
+    """`jit_fuser` is torch.compile: on CPU it would call a C++ compiler for minutes, or fail for want of one."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].config.disable = True  # type: ignore[attr-defined]
+
+
+def _current_device() -> None:
+    """`device=torch.cuda.current_device()` in layers, buffers and p2p: "No CUDA GPUs are available"."""
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+
+
+def _device_literals() -> None:
+    """`torch.zeros(..., device="cuda")` in schedules, optimizer and checkpoints: "Torch not compiled with CUDA"."""
+
+    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if str(kwargs.get("device")).startswith("cuda"):
+                kwargs["device"] = "cpu"
+            return factory(*args, **kwargs)
+
+        return create
+
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like"):
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+
+
+def _moves_to_cuda() -> None:
+    """`tensor.cuda()` and `module.cuda()`: "Torch not compiled with CUDA enabled"."""
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+
+
+def _synchronisation() -> None:
+    """Waiting for the device around p2p and checkpoints: "Torch not compiled with CUDA enabled"."""
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.empty_cache = lambda: None
+
+
+class _NoStream:
+    """Work on a CPU is done when the call returns: nothing to order, nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def record_event(self, event: object = None) -> _NoStream:
+        return self
+
+    def synchronize(self) -> None: ...
+
+    def wait(self, stream: object = None) -> None: ...
+
+    def __enter__(self) -> _NoStream:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+
+def _streams() -> None:
+    """Gradient and parameter communication on side streams: "Torch not compiled with CUDA enabled"."""
+    stream = _NoStream()
+    torch.cuda.Stream = torch.cuda.Event = _NoStream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = lambda *args, **kwargs: stream  # type: ignore[assignment,return-value]
+    torch.cuda.stream = lambda other: stream  # type: ignore[assignment,return-value]
+    torch.Tensor.record_stream = lambda self, other: None  # type: ignore[method-assign,assignment]
+
+
+def _generator_state() -> None:
+    """Saved and restored around recomputed layers: "Torch not compiled with CUDA enabled". The generator is the CPU's."""
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
+
+
+def _megatron_generator_state() -> None:
+    """The tracker of tensor-parallel random states goes past torch's API: `default_generators[idx]` is empty."""
+    import megatron.core.tensor_parallel.random as tracked
+
+    tracked._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    tracked._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    logging.getLogger(tracked.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+@contextlib.contextmanager
+def _cuda_type_names() -> Iterator[None]:
+    """While it lasts, the type name of a CPU tensor reads as if the tensor were on CUDA."""
+    original = torch.Tensor.type
+
+    def named(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = original(self, *args, **kwargs)
+        return name.replace("torch.", "torch.cuda.", 1) if isinstance(name, str) else name
+
+    torch.Tensor.type = named  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]
+
+
+def _optimizer_type_names() -> None:
+    """Optimizers tell parameters apart by `param.type() == "torch.cuda.FloatTensor"`: "Wrapped parameters must be
+    one of ..."."""
+    import megatron.core.optimizer.optimizer as optimizers
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+    def with_cuda_names(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _cuda_type_names():
+                return function(*args, **kwargs)
+
+        return call
+
+    for owner in (Float16OptimizerWithFloat16Params, DistributedOptimizer):
+        owner.__init__ = with_cuda_names(owner.__init__)  # type: ignore[method-assign]
+    optimizers.clip_grad_by_total_norm_fp32 = with_cuda_names(optimizers.clip_grad_by_total_norm_fp32)
+
+
+def _adam_state_before_load() -> None:
+    """torch's AdamW has no state before its first step: the distributed optimizer asserts when a checkpoint is loaded
+    into a fresh one."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.sharded_state_dict
+
+    @functools.wraps(original)
+    def sharded_state_dict(self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return original(self, model_state, is_loading, *args, **kwargs)
+
+    DistributedOptimizer.sharded_state_dict = sharded_state_dict
+
+
+def _adam_step_per_tensor() -> None:
+    """After a load all parameters share one `step` tensor, which then advances once per parameter: Adam silently
+    diverges from the uninterrupted run. (The step is also missing from the saved state: KeyError.)"""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(original)
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        state["step"] = state["step"].clone()
+        original(self, model_param, {**tensors, "step": state["step"]})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states

@@ -1,0 +1,158 @@
+"""The vision tower: `Qwen3VLVisionModel` on megatron-core's layers.
+
+Patches arrive from the processor in merge-block order: the `merge` × `merge` patches that become one token lie next to
+each other. All images of a micro-batch are packed; attention stays within a frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.tensor_parallel import checkpoint
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from copd_megatron.policy.attention import AttentionPlan, PackedTokens
+from copd_megatron.policy.packed import Segments
+from copd_megatron.policy.qwen3_vl.config import VisionSettings
+from copd_megatron.policy.qwen3_vl.layers import layer_spec
+from copd_megatron.policy.qwen3_vl.rope import vision_angles
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Where each patch stands in its image: `row`, `column` and the image's `height`, `width`, int64 [patches]."""
+
+    row: Tensor
+    column: Tensor
+    height: Tensor
+    width: Tensor
+
+    @staticmethod
+    def of(grid_thw: Tensor, merge: int) -> PatchGrid:
+        """Patches of images with `grid_thw` int64 [images, 3], in merge-block order."""
+        frames, height, width = grid_thw.unbind(1)
+        count = frames * height * width
+        start = torch.repeat_interleave(count.cumsum(0) - count, count)
+        height, width = torch.repeat_interleave(height, count), torch.repeat_interleave(width, count)
+        within = (torch.arange(len(start), device=start.device) - start) % (height * width)
+        block, inside = within // merge**2, within % merge**2
+        row = block // (width // merge) * merge + inside // merge
+        column = block % (width // merge) * merge + inside % merge
+        return PatchGrid(row, column, height, width)
+
+
+class VisionBlock(TransformerBlock):
+    """The tower's layers, which also give the states that DeepStack taps."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, angles: Tensor, packed: PackedTokens, taps: tuple[int, ...]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`hidden_states` [patches, 1, H] after the last layer, and after each of the layers `taps` (from 0)."""
+        tapped = []
+        recompute = self.config.recompute_granularity == "full" and self.training
+        for index, layer in enumerate(self.layers):
+
+            def run(hidden: Tensor, layer: torch.nn.Module = layer) -> Tensor:
+                output: Tensor = layer(
+                    hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packed
+                )[0]
+                return output
+
+            hidden_states = checkpoint(run, False, hidden_states) if recompute else run(hidden_states)
+            if index in taps:
+                tapped.append(hidden_states)
+        return hidden_states, tapped
+
+
+class PatchMerger(MegatronModule):
+    """Joins the patches of a merge block into one token of the language model (`Qwen3VLVisionPatchMerger`).
+
+    The last layer's merger normalises each patch; DeepStack's normalise the joined block (`after_join`).
+    """
+
+    def __init__(self, config: TransformerConfig, vision: VisionSettings, after_join: bool) -> None:
+        super().__init__(config=config)
+        self.block_features = config.hidden_size * vision.merge**2
+        self.after_join = after_join
+        backend = LocalSpecProvider()
+        self.norm = torch.nn.LayerNorm(self.block_features if after_join else config.hidden_size, eps=1e-6)
+        self.mlp = MLP(
+            replace(
+                config,
+                hidden_size=vision.out_hidden_size,
+                ffn_hidden_size=self.block_features,
+                activation_func=F.gelu,
+            ),
+            MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()),
+            input_size=self.block_features,
+            ffn_hidden_size=self.block_features,
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Patches [patches, 1, H of the tower] to tokens [merged patches, H of the language model]."""
+        joined = hidden_states.reshape(-1, self.block_features)
+        joined = self.norm(joined) if self.after_join else self.norm(hidden_states).reshape(joined.shape)
+        output, bias = self.mlp(joined)
+        return output if bias is None else output + bias
+
+
+class VisionTower(MegatronModule):
+    """`Qwen3VLVisionModel`: patch embedding, learned positions, layers, merger and DeepStack's mergers."""
+
+    def __init__(self, config: TransformerConfig, vision: VisionSettings) -> None:
+        super().__init__(config=config)
+        self.vision = vision
+        self.patch_embedding = torch.nn.Linear(vision.patch_features, config.hidden_size)
+        self.position_embedding = torch.nn.Embedding(vision.position_grid**2, config.hidden_size)
+        self.blocks = VisionBlock(config, layer_spec(config), post_layer_norm=False)
+        self.merger = PatchMerger(config, vision, after_join=False)
+        self.deepstack_mergers = torch.nn.ModuleList(
+            PatchMerger(config, vision, after_join=True) for _ in vision.deepstack_layers
+        )
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Image tokens [merged patches, H of the language model] and DeepStack's features, None if it has no taps.
+
+        `pixel_values` [patches, patch features]; `grid_thw` int64 [images, 3]. The features are
+        [taps, merged patches, H].
+        """
+        device = pixel_values.device
+        grid = PatchGrid.of(grid_thw, self.vision.merge)
+        hidden = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)) + self._positions(grid)
+        angles = vision_angles(grid.row, grid.column, self.config.kv_channels, self.vision.rope_theta)
+        sizes = grid_thw.cpu()
+        frames = torch.repeat_interleave(sizes[:, 1] * sizes[:, 2], sizes[:, 0])
+        nothing = torch.empty(0, dtype=torch.int64)
+        packed = PackedTokens(AttentionPlan.of(Segments(frames, nothing, nothing, causal=False), device))
+        hidden, tapped = self.blocks(hidden.unsqueeze(1), angles, packed, self.vision.deepstack_layers)
+        features = [merger(state) for merger, state in zip(self.deepstack_mergers, tapped, strict=True)]
+        return self.merger(hidden), torch.stack(features) if features else None
+
+    def _positions(self, grid: PatchGrid) -> Tensor:
+        """The learned square of positions, interpolated to each image's size: [patches, H]."""
+        side = self.vision.position_grid
+        taps, weights = zip(
+            *(_neighbours(at, size, side) for at, size in ((grid.row, grid.height), (grid.column, grid.width))),
+            strict=True,
+        )
+        index = (taps[0][:, :, None] * side + taps[1][:, None, :]).flatten(1)
+        weight = (weights[0][:, :, None] * weights[1][:, None, :]).flatten(1)
+        embedding = self.position_embedding(index)
+        return (embedding * weight[:, :, None].to(embedding.dtype)).sum(1)
+
+
+def _neighbours(at: Tensor, size: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The two grid lines (of `side`) beside each position on an axis of `size`, first and last on the rim, and their
+    weights: int64 and float32 [patches, 2]."""
+    exact = at.float() * (side - 1) / (size - 1).clamp(min=1)
+    below = exact.floor()
+    above_weight = exact - below
+    lines = torch.stack([below, below + 1], dim=1).long().clamp(max=side - 1)
+    return lines, torch.stack([1 - above_weight, above_weight], dim=1)

@@ -1,0 +1,246 @@
+"""The trainable side of a branch: one Megatron model, its optimizer, and an update from samples."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from copd_megatron.errors import TrainingDiverged
+from copd_megatron.policy import platform
+from copd_megatron.policy.batching import Packed, Sample, pack
+from copd_megatron.policy.layout import Layout
+from copd_megatron.policy.optimizer import OptimizerSettings, learning_rate
+from copd_megatron.policy.schedule import (
+    Loss,
+    Measure,
+    logprob_pass,
+    measure_pass,
+    over_replicas,
+    sum_gradients,
+    train_pass,
+)
+from copd_megatron.rollout.types import Prompt
+from copd_megatron.weights.hf import HfFolder
+
+platform.prepare()
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer.optimizer import clip_grad_by_total_norm_fp32  # noqa: E402
+
+from copd_megatron.policy.qwen3_vl import build_model  # noqa: E402
+from copd_megatron.policy.qwen3_vl.config import Precision, torch_dtype  # noqa: E402
+from copd_megatron.policy.qwen3_vl.rope import prompt_positions  # noqa: E402
+from copd_megatron.weights import mapping  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+LISTED = 3
+"""Parameters with bad gradients that a message spells out."""
+
+
+class Policy:
+    """A branch's model on this gang of processes. All methods are collective: every rank of the gang calls them.
+
+    The ranks of one replica (tensor and pipeline parallel) pass the same samples, replicas pass their own. `version`
+    counts updates, skipped ones too, so that branches that move in lockstep stay there.
+    """
+
+    def __init__(
+        self,
+        base: str | os.PathLike[str],
+        layout: Layout,
+        optimizer: OptimizerSettings,
+        precision: Precision,
+        max_tokens_per_microbatch: int,
+    ) -> None:
+        """Build the model of the Hugging Face folder `base` and load its weights.
+
+        `layout.initialize` must have been called. Raises WeightsError for a folder that cannot be used, ConfigError for
+        a layout that does not fit the model.
+        """
+        self.settings = optimizer
+        self.version = 0
+        self.skipped_in_a_row = 0
+        self._max_tokens = max_tokens_per_microbatch
+        (model,) = build_model(base, layout, precision)
+        mapping.to_megatron(dict(HfFolder(base).tensors()), [model])
+        self.hf_config = model.settings.hf
+        sum_gradients(model.config)
+        self.model = DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=optimizer.distributed),
+            model,
+        )
+        self.optimizer = _megatron_optimizer(optimizer, precision, self.model)
+
+    def update(
+        self, samples: Sequence[Sample], loss: Loss, sequences: Mapping[int, int] | None = None
+    ) -> dict[str, float]:
+        """One optimizer step on `samples`; `version` then is one higher.
+
+        `sequences` is the number of sequences per source, over all replicas, that the mean is taken over; it may count
+        some that are not among `samples` because they have no gradient. Default: those in `samples`.
+
+        The gradient is that of the sum of `loss` over all micro-batches of all replicas, however they are divided. If
+        that sum or the gradient's norm is not finite, weights and optimizer state stay as they are, and the update
+        still counts. Returns the mean of each statistic of `loss` (left out where its count is 0) and `loss`,
+        `grad_norm` (before clipping), `lr`, `skipped` (0 or 1), `tokens` (computed, all replicas), `tokens_saved` (by
+        sharing prompts), `response_tokens`, `microbatches` (of this replica).
+
+        Raises TrainingDiverged when `max_skipped` updates in a row had to be skipped.
+        """
+        packed = self._pack(samples, sequences)
+        rate = self._set_learning_rate()
+        self._zero_gradients()
+        total_loss, totals = train_pass(self.model, packed.microbatches, loss)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        self.version += 1
+        finite = math.isfinite(total_loss) and math.isfinite(grad_norm)
+        if finite:
+            self.skipped_in_a_row = 0
+            self._step(grad_norm)
+        else:
+            self._skip(total_loss, grad_norm, totals)
+        return {
+            **_means(totals),
+            "loss": total_loss,
+            "grad_norm": grad_norm,
+            "lr": rate,
+            "skipped": float(not finite),
+            **_sizes(packed),
+        }
+
+    def measure(self, samples: Sequence[Sample], measure: Measure) -> dict[str, float]:
+        """Means of the statistics that `measure` gives, from a forward pass alone; those with count 0 are left out."""
+        return _means(measure_pass(self.model, self._pack(samples).microbatches, measure))
+
+    def logprobs(self, samples: Sequence[Sample], temperature: float = 1.0) -> list[torch.Tensor]:
+        """Log-probabilities float32 [R_i] of each sample's response under the current weights, on the CPU."""
+        packed = self._pack(samples)
+        result: list[torch.Tensor] = [torch.empty(0)] * len(samples)
+        passed = logprob_pass(self.model, packed.microbatches, temperature)
+        for members, logprobs in zip(packed.order, passed, strict=True):
+            lengths = [len(samples[index].rollout.token_ids) for index in members]
+            for index, part in zip(members, logprobs.split(lengths), strict=True):
+                result[index] = part
+        return result
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor) of every weight, on each replica's leader; other ranks iterate and get nothing.
+
+        Tensors may be views of the live parameters: copy what must outlast the next update.
+        """
+        return mapping.to_hf([self.model])
+
+    def load_hf(self, folder: str | os.PathLike[str]) -> None:
+        """Take the weights of a Hugging Face folder of the same model. Optimizer state and `version` stay."""
+        mapping.to_megatron(dict(HfFolder(folder).tensors()), [self.model])
+        self.optimizer.reload_model_params()
+
+    def _pack(self, samples: Sequence[Sample], sequences: Mapping[int, int] | None = None) -> Packed:
+        counts: Counter[int] = Counter(sequences or {})
+        if sequences is None:
+            for part in over_replicas(Counter(sample.source for sample in samples)):
+                counts.update(part)
+        return pack(samples, self._max_tokens, counts, self._positions, self.hf_config.image_token_id)
+
+    def _positions(self, prompt: Prompt) -> torch.Tensor:
+        grid = None if prompt.images is None else prompt.images.grid_thw
+        merge = self.hf_config.vision_config.spatial_merge_size
+        return prompt_positions(prompt.token_ids, grid, self.hf_config.image_token_id, merge)
+
+    def _pack(self, samples: Sequence[Sample], old_logprobs: Sequence[torch.Tensor] | None = None) -> Packed:
+        counts: Counter[int] = Counter()
+        for part in over_replicas(Counter(sample.source for sample in samples)):
+            counts.update(part)
+        image_token = self.hf_config.image_token_id
+        return pack(samples, self._max_tokens, counts, self.positions, image_token, old_logprobs)
+
+    def _set_learning_rate(self) -> float:
+        rate = learning_rate(self.settings, self.version)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _zero_gradients(self) -> None:
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _step(self, grad_norm: float) -> None:
+        if self.settings.clip_grad > 0:
+            for part in self.optimizer.chained_optimizers:
+                clip_grad_by_total_norm_fp32(part.get_parameters(), self.settings.clip_grad, grad_norm)
+        self.optimizer.step_with_ready_grads()
+
+    def _skip(self, total_loss: float, grad_norm: float, totals: dict[str, tuple[float, float]]) -> None:
+        reason = self._what_is_bad(total_loss, grad_norm, totals)
+        self._zero_gradients()
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.settings.max_skipped:
+            raise TrainingDiverged(
+                f"update {self.version} had to be skipped, the {self.skipped_in_a_row}th in a row: {reason}. The weights "
+                f"are those after update {self.version - self.skipped_in_a_row}. Go on from an earlier checkpoint with a "
+                "lower optimizer.lr, or look at the samples of these updates"
+            )
+        logger.warning("update %d is skipped: %s", self.version, reason)
+
+    def _what_is_bad(self, total_loss: float, grad_norm: float, totals: dict[str, tuple[float, float]]) -> str:
+        """The values that are not finite; parameters are those of this rank."""
+        parameters = dict(self.model.module.named_parameters())
+        bad = [name for name, value in parameters.items() if not torch.isfinite(value.main_grad).all()]
+        statistics = [name for name, (value, _) in totals.items() if not math.isfinite(value)]
+        parts = [f"the loss is {total_loss}", f"the gradient's norm is {grad_norm}"]
+        if statistics:
+            parts.append(f"not finite are the statistics {', '.join(statistics)}")
+        if bad:
+            more = ", …" if len(bad) > LISTED else ""
+            parts.append(f"{len(bad)} of {len(parameters)} gradients are not finite ({', '.join(bad[:LISTED])}{more})")
+        return "; ".join(parts)
+
+
+def _megatron_optimizer(
+    settings: OptimizerSettings, precision: Precision, model: DistributedDataParallel
+) -> ChainedOptimizer:
+    """AdamW over megatron-core's default parameter groups: all with weight decay but what has one dimension."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=precision == "bf16",
+        params_dtype=torch_dtype(precision),
+        use_distributed_optimizer=settings.distributed,
+    )
+    optimizer = get_megatron_optimizer(config, [model])
+    for group in optimizer.param_groups:
+        # Applying a group's multiplier is the task of megatron-core's scheduler, whose place `learning_rate` takes.
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        if "fused" in group:  # torch's AdamW; left to itself it goes through the parameters in a Python loop
+            group["fused"] = True
+    return optimizer
+
+
+def _means(totals: dict[str, tuple[float, float]]) -> dict[str, float]:
+    return {name: value / count for name, (value, count) in totals.items() if count}
+
+
+def _sizes(packed: Packed) -> dict[str, float]:
+    responses = sum(len(batch.targets) for batch in packed.microbatches)
+    parts = over_replicas((packed.tokens, packed.unshared_tokens - packed.tokens, responses))
+    tokens, saved, response_tokens = (float(sum(column)) for column in zip(*parts, strict=True))
+    return {
+        "tokens": tokens,
+        "tokens_saved": saved,
+        "response_tokens": response_tokens,
+        "microbatches": float(len(packed.microbatches)),
+    }

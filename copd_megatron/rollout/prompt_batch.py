@@ -1,0 +1,108 @@
+"""Prompts of different lengths side by side, as the language model takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from copd_megatron.errors import DataError
+from copd_megatron.rollout.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """B prompts, padded on the left to a length of S, so that all of them end in the same column.
+
+    `token_ids` int64 [B, S]; `mask` bool [B, S], False on padding, or None where nothing is padded (attention is
+    faster without one); `position_ids` int64 [3, B, S] (time, row, column); `next_position` int64 [B] is where the
+    response starts. `pixel_values` and `grid_thw` hold all images in the order of the prompts, or are None.
+    """
+
+    token_ids: torch.Tensor
+    mask: torch.Tensor | None
+    position_ids: torch.Tensor
+    next_position: torch.Tensor
+    pixel_values: torch.Tensor | None
+    grid_thw: torch.Tensor | None
+
+
+def check_prompt(prompt: Prompt, config: Qwen3VLConfig) -> None:
+    """Raise DataError if the prompt is empty, has unknown tokens, or if its image tokens and its images disagree.
+
+    A prompt whose image tokens came without the images would be answered or scored blindly, with no other sign than
+    worse numbers (docs/method.md, pitfall 10).
+    """
+    vocabulary = config.text_config.vocab_size
+    if not prompt.token_ids:
+        raise DataError(f"prompt {prompt.uid}: no tokens, expected at least one")
+    if min(prompt.token_ids) < 0 or max(prompt.token_ids) >= vocabulary:
+        wrong = next(token for token in prompt.token_ids if not 0 <= token < vocabulary)
+        raise DataError(
+            f"prompt {prompt.uid}: token {wrong} is not in the model's vocabulary of {vocabulary}; "
+            "the prompt must be built with this model's tokenizer"
+        )
+    patches = merged = 0
+    if prompt.images is not None:
+        patches = int(prompt.images.grid_thw.prod(-1).sum())
+        merged = patches // config.vision_config.spatial_merge_size**2
+        rows = prompt.images.pixel_values.shape[0]
+        if rows != patches:
+            raise DataError(f"prompt {prompt.uid}: pixel_values has {rows} patches, grid_thw counts {patches}")
+    tokens = prompt.token_ids.count(config.image_token_id)
+    if tokens != merged:
+        raise DataError(
+            f"prompt {prompt.uid}: {tokens} image tokens, but its images make {merged} merged patches; "
+            "tokens and images must come from one call of the processor and travel together"
+        )
+    if config.video_token_id in prompt.token_ids:
+        raise DataError(f"prompt {prompt.uid}: has video tokens, but prompts carry images only")
+
+
+def prompt_batch(prompts: Sequence[Prompt], model: Qwen3VLModel, device: torch.device) -> PromptBatch:
+    """Put checked prompts side by side on `device`. Positions are those of the model's own `get_rope_index`."""
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    width = max(lengths)
+    token_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+    position_ids = torch.zeros(3, len(prompts), width, dtype=torch.int64)
+    next_position = torch.zeros(len(prompts), dtype=torch.int64)
+    # Prompts of one task mostly share a layout, and get_rope_index is a Python loop.
+    known: dict[object, torch.Tensor] = {}
+    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        ids = torch.tensor(prompt.token_ids)
+        is_image = ids == model.config.image_token_id
+        layout = None
+        if prompt.images is not None:
+            layout = is_image.numpy().tobytes(), prompt.images.grid_thw.numpy().tobytes()
+        if (layout, length) not in known:
+            known[layout, length] = _positions(prompt, ids, is_image, model)
+        positions = known[layout, length]
+        token_ids[row, width - length :] = ids
+        mask[row, width - length :] = True
+        position_ids[:, row, width - length :] = positions
+        next_position[row] = positions.max() + 1
+    images = [prompt.images for prompt in prompts if prompt.images is not None]
+    return PromptBatch(
+        token_ids=token_ids.to(device),
+        mask=None if min(lengths) == width else mask.to(device),
+        position_ids=position_ids.to(device),
+        next_position=next_position.to(device),
+        pixel_values=torch.cat([image.pixel_values for image in images]).to(device) if images else None,
+        grid_thw=torch.cat([image.grid_thw for image in images]).to(device) if images else None,
+    )
+
+
+def _positions(prompt: Prompt, ids: torch.Tensor, is_image: torch.Tensor, model: Qwen3VLModel) -> torch.Tensor:
+    """Positions int64 [3, length] of one prompt."""
+    if prompt.images is None:
+        return torch.arange(len(ids)).expand(3, -1)
+    positions, _ = model.get_rope_index(
+        ids[None], mm_token_type_ids=is_image[None].int(), image_grid_thw=prompt.images.grid_thw
+    )
+    return positions[:, 0]

@@ -1,0 +1,51 @@
+"""Published weights: one safetensors file per branch and version in the run's `snapshots/` folder.
+
+This is how an embedded teacher gets its weights: the peer publishes, the student's process loads them into a second
+module. A snapshot can always be made again from a checkpoint, so it is renamed into place but not forced to disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from copd_megatron.errors import WeightsError
+
+
+class Snapshots:
+    """The `snapshots/` folder of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def publish(self, branch: str, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Write the Hugging Face named weights that `branch` has after `version` updates."""
+        target = self._file(branch, version)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(".tmp")
+        save_file({name: tensor.contiguous() for name, tensor in weights}, temporary)
+        os.replace(temporary, target)
+
+    def weights(self, branch: str, version: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The (name, tensor) pairs that `branch` published as `version`. Raises WeightsError if it has not."""
+        file = self._file(branch, version)
+        if not file.is_file():
+            raise WeightsError(f"{file}: branch {branch!r} has not published version {version}")
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
+                yield name, tensors.get_tensor(name)
+
+    def forget(self, branch: str, keep: Collection[int]) -> None:
+        """Delete what `branch` published except the versions in `keep`."""
+        kept = {self._file(branch, version) for version in keep}
+        for file in (self._folder / branch).glob("version_*"):
+            if file not in kept:
+                file.unlink(missing_ok=True)
+
+    def _file(self, branch: str, version: int) -> Path:
+        return self._folder / branch / f"version_{version:07d}.safetensors"

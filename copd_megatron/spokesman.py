@@ -1,0 +1,68 @@
+"""The part of a branch that speaks for it: to the peers, to the conductor's display, and to the metrics file.
+
+Only rank 0 of the gang has one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from copd_megatron.exchange import Exchange
+from copd_megatron.observe.gpu import GpuTelemetry
+from copd_megatron.observe.metrics import MetricsWriter
+from copd_megatron.observe.status import BranchStatus, State
+from copd_megatron.observe.timeline import Activity, Timeline
+from copd_megatron.rhythm import Step
+
+
+class Spokesman:
+    """Meets peers, writes metrics and keeps the branch's status line current."""
+
+    def __init__(self, exchange: Exchange, folder: Path, tensorboard: Path | None) -> None:
+        self._exchange = exchange
+        self._metrics = MetricsWriter(folder / "metrics.jsonl", exchange.me, tensorboard)
+        self.timeline = Timeline(folder / "timeline.jsonl", on_change=self._activity)
+        self._telemetry = GpuTelemetry()
+        self._status = BranchStatus(state="starting")
+
+    def resume(self, step: int) -> None:
+        """Drop what was written after the checkpoint that the branch goes on from."""
+        self._metrics.truncate_after(step if step else -1)
+        self.timeline.truncate_after(step)
+
+    def begin(self, step: Step) -> bool:
+        """Announce an update; False if the run is to stop before it."""
+        self.say(step=step.number, cycle=step.cycle, phase=step.phase, phase_step=step.index, phase_steps=step.length)
+        return self._exchange.begin(step.number)
+
+    def meet(self, point: str) -> None:
+        """Wait until all branches have reached `point`."""
+        with self.timeline.span("wait"):
+            self._exchange.meet(point)
+
+    def write(self, step: int, cycle: int, phase: str, values: dict[str, Any]) -> None:
+        """One line of metrics, with what the hardware says."""
+        self._metrics.write(step, cycle, phase, **values, **self._telemetry.sample())
+
+    def say(self, **changes: Any) -> None:
+        """Update the status line."""
+        self._status = replace(self._status, **changes)
+        self._exchange.report(self._status.to_json())
+
+    def sync(self) -> None:
+        """Make the metrics survive a power cut."""
+        self._metrics.sync()
+
+    def end(self, ending: str) -> None:
+        """Leave the last word and close the files."""
+        self.say(state="failed" if ending.startswith("failed") else "done")
+        self._metrics.close()
+        self.timeline.close()
+        self._exchange.end(ending)
+
+    def _activity(self, activity: Activity | None) -> None:
+        if activity is not None:
+            state: State = activity
+            self.say(state=state)

@@ -1,0 +1,35 @@
+"""Co-Evolving Policy Distillation for one branch (docs/method.md, "Algorithm").
+
+Every rank of a branch's gang runs `train`; `copd train configs/mini/text_image.yaml` starts the gangs. Everything that
+is *how* (processes, engines, files) is in `branch.py`; what is done, and in which order, is here.
+"""
+
+from __future__ import annotations
+
+from copd_megatron.branch import Branch
+from copd_megatron.rhythm import FixedRhythm
+
+
+def train(branch: Branch, rhythm: FixedRhythm) -> None:
+    """Explore alone, then exchange with the peers, cycle after cycle.
+
+    `branch.settle` ends every update: it measures drift where that is due, saves where a phase ends, and raises
+    `Interrupted` when the run is to stop. After a restart the loops go on from the first update not yet made.
+    """
+    branch.enter()
+    for cycle in range(rhythm.cycles):
+        for step in rhythm.explore(cycle, done=branch.version):  # Phase I: each branch on its own capability
+            branch.begin(step)
+            native = branch.grade(branch.rollouts(branch.own, branch.config.rl.prompts))
+            branch.update(native)
+            branch.settle()
+        for step in rhythm.exchange(cycle, done=branch.version):  # Phase II: mutual distillation, RL does not pause
+            branch.begin(step)
+            branch.meet_teachers()
+            native = branch.grade(branch.rollouts(branch.own, branch.config.native_prompts))
+            cross = {
+                teacher: branch.score(teacher, branch.rollouts(teacher, branch.config.cross_prompts))
+                for teacher in branch.teachers
+            }
+            branch.update(native, cross)
+            branch.settle()

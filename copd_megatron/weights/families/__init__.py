@@ -1,0 +1,1 @@
+"""One table per model family: which Hugging Face tensors make which Megatron parameter."""

@@ -1,0 +1,132 @@
+"""What a family's table is made of: rows, and the ways in which Hugging Face tensors lie inside a Megatron parameter.
+
+Joints only view, copy and concatenate, so that `split(join(parts))` gives back every byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Joint(Protocol):
+    """Hugging Face tensors to one full (unsharded) Megatron tensor and back."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The full Megatron tensor; RuntimeError if the parts do not fit each other."""
+        ...
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        """The Hugging Face tensors; may be views of `full`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """One tensor, as it is."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0]
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [full]
+
+
+@dataclass(frozen=True)
+class Padded:
+    """One tensor whose first dimension has `rows` rows; Megatron appends zeros up to `padded` rows."""
+
+    rows: int
+    padded: int
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        (part,) = parts
+        if self.padded == self.rows or len(part) != self.rows:
+            return part
+        return torch.cat([part, part.new_zeros(self.padded - self.rows, *part.shape[1:])])
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [full[: self.rows]]
+
+
+@dataclass(frozen=True)
+class Flattened:
+    """One kernel [features, *shape] of a convolution whose stride is its size: a linear layer over flat patches."""
+
+    shape: tuple[int, ...]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0].flatten(1)
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [full.unflatten(1, self.shape)]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Tensors of equal size above each other: gate and up projection."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return list(full.chunk(2))
+
+
+@dataclass(frozen=True)
+class QueryKeyValue:
+    """Query, key and value projections; Megatron keeps each group's queries, key and value together."""
+
+    heads: int
+    groups: int
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        queries = self.heads // self.groups
+        grouped = full.unflatten(0, (self.groups, queries + 2, -1))
+        return [part.flatten(0, 2) for part in grouped.split([queries, 1, 1], dim=1)]
+
+
+@dataclass(frozen=True)
+class FusedQueryKeyValue:
+    """One projection with all queries, then all keys, then all values; Megatron keeps each head's together."""
+
+    heads: int
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0].unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [full.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of parameter.
+
+    `megatron` is its name, or its names where megatron-core's own layers and Transformer Engine's differ; `*` stands
+    for the number in a repeated section. `shard` is the dimension that tensor parallelism divides (None: every rank
+    has all of it), with each of `blocks` equal parts of that dimension divided on its own. A row that is not
+    `exported` takes a tensor that another row already gives back (tied embeddings).
+    """
+
+    megatron: str | tuple[str, ...]
+    hf: tuple[str, ...]
+    joint: Joint = Plain()
+    shard: int | None = None
+    blocks: int = 1
+    exported: bool = True
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows that stand `count` times in the model, numbered from 0."""
+
+    count: int
+    rows: tuple[Row, ...]

@@ -1,0 +1,50 @@
+"""One rank of a branch's gang: `torchrun … -m copd_megatron.worker --run RUN --branch NAME …`, started by the conductor."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from copd_megatron.errors import CopdError, Interrupted
+
+
+def main() -> int:
+    """Train the branch from `--resume` to the end and export it. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", required=True, help="run directory")
+    parser.add_argument("--branch", required=True, help="name of the branch")
+    parser.add_argument("--store", required=True, help="HOST:PORT of the conductor's store")
+    parser.add_argument("--resume", type=int, required=True, help="checkpoint step to go on from, 0 for the base")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    from copd_megatron.policy import platform
+
+    platform.prepare()
+
+    from copd_megatron.opening import open_branch
+    from copd_megatron.rhythm import FixedRhythm
+    from copd_megatron.train import train
+
+    branch = open_branch(arguments.run, arguments.branch, arguments.store, arguments.resume)
+    rhythm = branch.config.rhythm
+    try:
+        train(branch, FixedRhythm(rhythm.cycles, rhythm.explore_steps, rhythm.exchange_steps))
+        branch.export()
+    except Interrupted:
+        branch.end("interrupted")
+        return 0
+    except CopdError as error:
+        branch.end(f"failed: {error}")
+        logging.getLogger(__name__).error("%s", error)
+        return 1
+    except BaseException as error:
+        branch.end(f"failed: {type(error).__name__}: {error}")
+        raise
+    branch.end("done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

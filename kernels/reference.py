@@ -1,0 +1,127 @@
+"""What every kernel computes, in plain torch: one function per quantity, written to be read and to be compared with.
+
+Notation: p is the student's distribution at a token, q the teacher's. Shapes: `T` tokens, `V` vocabulary, `K` top-k,
+`N` outcomes of any distribution. Arithmetic is float32 whatever the logits are (float64 stays float64). Everything is
+differentiable with respect to the student; teachers are constants.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+
+Divergence = Literal["reverse", "forward", "jsd"]
+
+TAIL_FLOOR = 1e-6
+"""Smallest mass of a tail bucket. It is 1 − Σ of float32 probabilities, whose rounding is about a tenth of this."""
+
+LOGPROB_FLOOR = -100.0
+"""Teachers may report −inf for a token that they never say; 0·inf is not a number, 0·100 is 0."""
+
+
+def topk_overlap(student_logits: torch.Tensor, teacher_ids: torch.Tensor, k: int) -> torch.Tensor:
+    """|TopK(student) ∩ TopK(teacher)| / k at every token (docs/method.md, "Overlap").
+
+    `student_logits` [T, V], `teacher_ids` int64 [T, K] best first, K ≥ k; returns float32 [T] in [0, 1]. Among equal
+    logits the lower id ranks first, as in a stable descending sort. A teacher's token i is in the student's top-k if
+    fewer than k tokens rank before it:
+
+        rank(i) = |{v : x_v > x_i}| + |{v < i : x_v = x_i}|
+
+    Raises ValueError if the teacher gave fewer than k tokens.
+    """
+    if not 1 <= k <= teacher_ids.shape[-1]:
+        raise ValueError(
+            f"overlap@{k}: k must lie between 1 and {teacher_ids.shape[-1]}, the number of tokens the teacher gave; "
+            "lower k or ask it for more"
+        )
+    vocabulary = torch.arange(student_logits.shape[-1], device=student_logits.device)
+    common = torch.zeros(student_logits.shape[:-1], device=student_logits.device)
+    for ids in teacher_ids[..., :k].split(1, dim=-1):
+        logit = student_logits.gather(-1, ids)
+        before = (student_logits > logit) | ((student_logits == logit) & (vocabulary < ids))
+        common += before.sum(-1) < k
+    return common / k
+
+
+def divergence(
+    student_logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, kind: Divergence, jsd_beta: float = 0.5
+) -> torch.Tensor:
+    """Divergence of two complete distributions, log-probabilities [..., N] each; returns [...], in nats.
+
+        reverse   KL(p‖q) = Σ p (log p − log q)
+        forward   KL(q‖p) = Σ q (log q − log p)
+        jsd       β KL(q‖m) + (1 − β) KL(p‖m),  m = βq + (1 − β)p
+
+    `jsd_beta` 0 and 1 give forward and reverse, as in Agarwal et al., arXiv 2306.13649, whose generalised
+    Jensen-Shannon divergence this is; strictly between, it is not rescaled and goes to 0 with β or 1 − β.
+    """
+    log_p, log_q = student_logprobs, teacher_logprobs.detach().to(student_logprobs.dtype).clamp(min=LOGPROB_FLOOR)
+    if kind == "jsd" and jsd_beta in (0.0, 1.0):
+        kind = "forward" if jsd_beta == 0.0 else "reverse"
+    if kind == "reverse":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    if kind == "forward":
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    log_m = torch.logaddexp(log_q + math.log(jsd_beta), log_p + math.log1p(-jsd_beta))
+    teacher_part = (log_q.exp() * (log_q - log_m)).sum(-1)
+    student_part = (log_p.exp() * (log_p - log_m)).sum(-1)
+    return jsd_beta * teacher_part + (1 - jsd_beta) * student_part
+
+
+def token_kl(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, kind: Divergence, jsd_beta: float = 0.5
+) -> torch.Tensor:
+    """`divergence` over the whole vocabulary: logits [T, V] of both sides, at the same temperature; returns [T]."""
+    student = torch.log_softmax(widen(student_logits), dim=-1)
+    teacher = torch.log_softmax(widen(teacher_logits), dim=-1)
+    return divergence(student, teacher, kind, jsd_beta)
+
+
+def with_tail(top_logprobs: torch.Tensor) -> torch.Tensor:
+    """Complete a distribution of which only some outcomes are known: [..., K] → [..., K + 1], all in logs.
+
+    The last entry, the tail bucket, is log(1 − Σ exp(top)), floored at `TAIL_FLOOR`; computed as log(−expm1(Σ)),
+    which is log1p(−exp(Σ)) with better rounding where the top holds nearly everything. Below the floor the tail is
+    a constant without gradient.
+    """
+    total = torch.logsumexp(top_logprobs, dim=-1, keepdim=True).clamp(max=math.log1p(-TAIL_FLOOR))
+    return torch.cat([top_logprobs, torch.log(-torch.expm1(total))], dim=-1)
+
+
+def partition_kl(
+    student_top_logprobs: torch.Tensor, teacher_top_logprobs: torch.Tensor, kind: Divergence, jsd_beta: float = 0.5
+) -> torch.Tensor:
+    """`divergence` over K outcomes and one bucket for all others; [T, K] log-probabilities at the same ids → [T].
+
+    It is a divergence of two whole distributions, so up to `TAIL_FLOOR` it is never negative, zero only where they
+    agree on every bucket, and never above the divergence over the whole vocabulary, which it equals when the K outcomes
+    are all there are. Without the bucket this does not hold (docs/method.md, pitfalls 2, 3 and 4).
+    """
+    student = with_tail(widen(student_top_logprobs))
+    teacher = with_tail(widen(teacher_top_logprobs).clamp(min=LOGPROB_FLOOR))
+    return divergence(student, teacher, kind, jsd_beta)
+
+
+def topk_kl(
+    student_logits: torch.Tensor,
+    teacher_ids: torch.Tensor,
+    teacher_logprobs: torch.Tensor,
+    kind: Divergence,
+    jsd_beta: float = 0.5,
+) -> torch.Tensor:
+    """`partition_kl` on the teacher's top-k: `student_logits` [T, V], teacher's [T, K] distinct ids and logprobs → [T].
+
+    The student's logits are at the temperature of the teacher's log-probabilities. Gradient with respect to the
+    student's logits, away from the floor: reverse p_v(log(p_b/q_b) − KL), forward p_v(1 − q_b/p_b), where b is the
+    bucket of v.
+    """
+    student = torch.log_softmax(widen(student_logits), dim=-1).gather(-1, teacher_ids)
+    return partition_kl(student, teacher_logprobs, kind, jsd_beta)
+
+
+def widen(values: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 if that is what came."""
+    return values if values.dtype == torch.float64 else values.float()

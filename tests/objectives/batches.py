@@ -1,0 +1,92 @@
+"""Small batches of response tokens for the tests of the objectives, in float64 unless told otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from copd_megatron.policy.packed import Signals
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of `branch_loss`, and the logits [R, V] of the teacher that scored each row."""
+
+    logits: torch.Tensor
+    targets: torch.Tensor
+    signals: Signals
+    teacher_logits: torch.Tensor
+
+    def rows(self, index: torch.Tensor) -> Batch:
+        """The chosen rows of everything."""
+        return Batch(
+            self.logits.detach()[index].requires_grad_(),
+            self.targets[index],
+            rows_of(self.signals, index),
+            self.teacher_logits[index],
+        )
+
+    def but(self, **changes: torch.Tensor | None) -> Batch:
+        """The same batch with other signals."""
+        return replace(self, signals=replace(self.signals, **changes))
+
+
+def rows_of(signals: Signals, index: torch.Tensor) -> Signals:
+    columns = {field.name: getattr(signals, field.name) for field in fields(signals)}
+    return Signals(**{name: None if column is None else column[index] for name, column in columns.items()})
+
+
+def logprobs_of(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    return torch.log_softmax(logits.detach().double() / temperature, -1).gather(-1, targets[:, None])[:, 0]
+
+
+def build(
+    logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    targets: torch.Tensor,
+    source: torch.Tensor,
+    k: int,
+    temperature: float = 1.0,
+) -> Batch:
+    """A batch in which the engine agrees with the trainer and every teacher has scored its rows with top-k."""
+    top_logprobs, top_ids = torch.log_softmax(teacher_logits.double() / temperature, -1).topk(k, dim=-1)
+    native = source < 0
+    signals = Signals(
+        source=source,
+        weight=torch.full(source.shape, 1 / max(1, len(source)), dtype=torch.float64),
+        advantage=torch.where(native, torch.linspace(-1, 1, len(source), dtype=torch.float64), 0.0),
+        engine_logprobs=logprobs_of(logits, targets, temperature),
+        teacher_logprobs=logprobs_of(teacher_logits, targets, temperature).masked_fill(native, 0),
+        teacher_top_ids=top_ids.masked_fill(native[:, None], 0),
+        teacher_top_logprobs=top_logprobs.masked_fill(native[:, None], 0),
+    )
+    return Batch(logits.detach().clone().requires_grad_(), targets, signals, teacher_logits)
+
+
+def random_batch(
+    rows: int = 12, vocabulary: int = 11, k: int = 4, teachers: int = 2, seed: int = 0, temperature: float = 1.0
+) -> Batch:
+    """Rows of native tokens and of each teacher's in turn; teachers differ from the student."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * 2
+    teacher_logits = logits + torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    source = torch.arange(rows) % (teachers + 1) - 1
+    return build(logits, teacher_logits, targets, source, k, temperature)
+
+
+def every_token_once(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, k: int, sampler: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Batch]:
+    """One state whose response token takes each of the V values, weighted with its probability under `sampler` (or the
+    student): the loss of this batch is the exact expectation over sampling. Returns the logits [V] to differentiate."""
+    vocabulary = len(logits)
+    state = logits.detach().clone().requires_grad_()
+    source = torch.zeros(vocabulary, dtype=torch.int64)
+    batch = build(
+        logits.expand(vocabulary, -1), teacher_logits.expand(vocabulary, -1), torch.arange(vocabulary), source, k
+    )
+    probability = torch.softmax(logits.detach() if sampler is None else sampler, -1)
+    batch = batch.but(weight=probability, engine_logprobs=probability.log())
+    return state, replace(batch, logits=state.expand(vocabulary, -1))

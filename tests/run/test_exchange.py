@@ -1,0 +1,82 @@
+"""What branches tell each other, with real stores and threads in the place of processes."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from copd_megatron.errors import PeerLost, WeightsError
+from copd_megatron.exchange import Exchange, Supervision, connect, serve
+from copd_megatron.snapshots import Snapshots
+
+NAMES = ["text", "image"]
+
+
+@pytest.fixture
+def conductor():
+    return serve()
+
+
+def branch(conductor, name, wait_seconds=20.0):
+    return Exchange(connect(conductor.host, conductor.port), name, NAMES, wait_seconds)
+
+
+def test_nobody_passes_a_meeting_before_all_have_come(conductor):
+    passed = []
+    first = threading.Thread(target=lambda: (branch(conductor, "text").meet("explored/1"), passed.append(time.time())))
+    first.start()
+    time.sleep(0.7)
+    assert not passed
+    came = time.time()
+    branch(conductor, "image").meet("explored/1")
+    first.join(timeout=10)
+    assert passed and passed[0] >= came
+
+
+def test_waiting_for_a_lost_peer_ends_with_its_reason(conductor):
+    supervision = Supervision(conductor, NAMES)
+    threading.Timer(0.3, lambda: supervision.lost("image", "killed by signal 9")).start()
+    with pytest.raises(PeerLost, match=r"'image' is gone \(killed by signal 9\)"):
+        branch(conductor, "text").meet("version/3")
+
+
+def test_waiting_ends_after_the_stated_time(conductor):
+    with pytest.raises(PeerLost, match="image did not reach 'version/3' within 0.6 s"):
+        branch(conductor, "text", wait_seconds=0.6).meet("version/3")
+
+
+def test_all_branches_stop_before_the_same_step(conductor):
+    supervision = Supervision(conductor, NAMES)
+    text, image = branch(conductor, "text"), branch(conductor, "image")
+    assert text.begin(4)
+    assert image.begin(2)
+    assert supervision.stop() == 6
+    for step in (3, 4, 5):
+        assert image.begin(step)
+    assert text.begin(5)
+    assert not text.begin(6)
+    assert not image.begin(6)
+
+
+def test_endings_and_statuses_reach_the_conductor(conductor):
+    supervision = Supervision(conductor, NAMES)
+    text = branch(conductor, "text")
+    assert supervision.ending("text") is None
+    text.report('{"phase": "explore"}')
+    text.end("done")
+    assert supervision.statuses() == {"text": '{"phase": "explore"}'}
+    assert supervision.ending("text") == "done"
+
+
+def test_snapshot_returns_the_published_bits_and_forgets_old_versions(tmp_path):
+    snapshots = Snapshots(tmp_path)
+    weights = {"a": torch.randn(3, 4), "b": torch.randn(5).to(torch.bfloat16)}
+    snapshots.publish("text", 3, weights.items())
+    snapshots.publish("text", 4, ((name, tensor + 1) for name, tensor in weights.items()))
+    loaded = dict(snapshots.weights("text", 3))
+    assert all(torch.equal(loaded[name], weights[name]) and loaded[name].dtype == weights[name].dtype for name in weights)
+    snapshots.forget("text", keep={4})
+    with pytest.raises(WeightsError, match="has not published version 3"):
+        dict(snapshots.weights("text", 3))
+    assert dict(snapshots.weights("text", 4)).keys() == weights.keys()
