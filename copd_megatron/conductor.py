@@ -68,7 +68,7 @@ def _train(config: RunConfig, folder: RunFolder, names: list[str], console: Cons
         branch.name: Gang(
             branch.name,
             branch.parallel.world,
-            ["--run", str(folder.path), "--branch", branch.name, "--store", f"{store.host}:{store.port}",
+            ["--run-dir", str(folder.path), "--branch", branch.name, "--store", f"{store.host}:{store.port}",
              "--resume", str(start)],
             folder.branch(branch.name) / "log.txt",
         )

@@ -9,11 +9,12 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
-from torch.distributed import DistStoreError, Store, TCPStore
+from torch.distributed import Store, TCPStore
 
 from copd_megatron.errors import PeerLost
 
-_POLL = timedelta(milliseconds=500)
+# Seconds between two looks at the store: short at first, because branches in lockstep arrive together.
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 _STOP = "stop"
 
 
@@ -60,6 +61,7 @@ class Exchange:
 
     def _await(self, keys: list[str], what: str) -> None:
         deadline = time.monotonic() + self._wait_seconds
+        pause = _SHORTEST_PAUSE
         while True:
             missing = [key for key in keys if not self._store.check([key])]
             if not missing:
@@ -74,10 +76,8 @@ class Exchange:
                     f"branch {self.me!r} stops: {names} did not {what} within {self._wait_seconds:g} s "
                     "(teacher.wait_seconds)"
                 )
-            try:
-                self._store.wait(missing, _POLL)
-            except DistStoreError:
-                continue
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 class Supervision:

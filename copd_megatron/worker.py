@@ -1,4 +1,4 @@
-"""One rank of a branch's gang: `torchrun … -m copd_megatron.worker --run RUN --branch NAME …`, started by the conductor."""
+"""One rank of a branch's gang: `torchrun … -m copd_megatron.worker --run-dir RUN --branch NAME …`, started by the conductor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from copd_megatron.errors import CopdError, Interrupted
 def main() -> int:
     """Train the branch from `--resume` to the end and export it. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", required=True, help="run directory")
+    parser.add_argument("--run-dir", required=True, help="run directory")
     parser.add_argument("--branch", required=True, help="name of the branch")
     parser.add_argument("--store", required=True, help="HOST:PORT of the conductor's store")
     parser.add_argument("--resume", type=int, required=True, help="checkpoint step to go on from, 0 for the base")
@@ -27,7 +27,7 @@ def main() -> int:
     from copd_megatron.rhythm import FixedRhythm
     from copd_megatron.train import train
 
-    branch = open_branch(arguments.run, arguments.branch, arguments.store, arguments.resume)
+    branch = open_branch(arguments.run_dir, arguments.branch, arguments.store, arguments.resume)
     rhythm = branch.config.rhythm
     try:
         train(branch, FixedRhythm(rhythm.cycles, rhythm.explore_steps, rhythm.exchange_steps))

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from copd_megatron.errors import CopdError
 from copd_megatron.files import write_atomic
@@ -63,7 +63,7 @@ class LineWriter:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_cut_line(self.path)
-        self._file = open(self.path, "ab")
+        self._file = self._open()
 
     def append(self, line: Line) -> None:
         """Write one line."""
@@ -76,7 +76,7 @@ class LineWriter:
         try:
             return keep_lines(self.path, wanted)
         finally:
-            self._file = open(self.path, "ab")
+            self._file = self._open()
 
     def sync(self) -> None:
         """Make everything written so far survive a power cut."""
@@ -87,6 +87,9 @@ class LineWriter:
         if not self._file.closed:
             self.sync()
             self._file.close()
+
+    def _open(self) -> BinaryIO:
+        return open(self.path, "ab")
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -90,31 +90,40 @@ def shade_phases(axes: Sequence[Axes], record: RunRecord) -> list[Patch]:
 
 def label_steps(axis: Axes) -> None:
     """Name the x axis; as many ticks as fit beside the other columns of the figure."""
-    place = axis.get_subplotspec()
-    columns = place.get_gridspec().ncols if place is not None else 1
     axis.set_xlabel("step (optimizer updates)")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=max(4, 11 // columns)))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=max(4, 11 // _columns(axis))))
+
+
+def _columns(axis: Axes) -> int:
+    place = axis.get_subplotspec()
+    return place.get_gridspec().ncols if place is not None else 1
 
 
 def _mark_cycles(axis: Axes, periods: list[Period]) -> None:
     starts: dict[int, int] = {}
     for period in periods:
         starts.setdefault(period.cycle, period.start)
-    # Twelve labels fit; of a hundred cycles every ninth is named.
-    named_every = math.ceil(len(starts) / 12)
+    end = periods[-1].end if periods else 0
+    room = 12 // _columns(axis)
+    every = math.ceil(len(starts) / room)
+    # Labels are drawn where an axis has its title, whose height keeps them clear of what is above.
+    axis.set_title(" ", fontsize=9)
     for count, (cycle, start) in enumerate(starts.items()):
         axis.axvline(start, color="#888888", linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
-        if count % named_every == 0:
-            axis.annotate(
-                f"cycle {cycle + 1}" if len(starts) <= 6 else str(cycle + 1),
+        # A cycle that has only just begun has no room for its name.
+        if count % every == 0 and (end - start) * 12 > end:
+            word = "cycle " if count == 0 or len(starts) <= room // 2 else ""
+            label = axis.annotate(
+                f"{word}{cycle + 1}",
                 (start, 1.0),
                 xycoords=("data", "axes fraction"),
-                xytext=(1, 3),
+                xytext=(1, 4),
                 textcoords="offset points",
                 fontsize=8.5,
                 color="#666666",
                 verticalalignment="bottom",
             )
+            label.set_in_layout(False)
 
 
 def legend_above(figure: Figure, axes: Sequence[Axes], extra: Sequence[Patch] = ()) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ from copd_megatron.observe.plot_style import (
     panels,
     shade_phases,
 )
-from copd_megatron.observe.record import RunRecord, Series
+from copd_megatron.observe.record import PROBE, RunRecord, Series
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ FIGURES = (
     CurveFigure(
         "health",
         "Training health",
-        "Collapsing entropy, spikes of the gradient, and responses that grow or are cut are the usual signs of trouble.",
+        "Collapsing entropy, spikes of the gradient, and responses that grow or are cut are the usual signs of "
+        "trouble.",
         (
             Panel("entropy", "entropy (nats per token)", from_zero=True),
             Panel("grad_norm", "gradient norm before clipping", from_zero=True),
@@ -199,7 +201,8 @@ def _curves(record: RunRecord, panel: Panel) -> list[_Curve]:
             curves.append(
                 _Curve(
                     f"{literal(student)} ← {literal(teacher)}",
-                    record.series(student, f"{panel.metric}/{teacher}"),
+                    # A training step may note the same metric, of other prompts: not to be mixed in.
+                    record.series(student, f"{panel.metric}/{teacher}", PROBE),
                     colour(branches.index(student)),
                     LINES[rank % len(LINES)],
                     MARKERS[branches.index(student) % len(MARKERS)],
@@ -210,14 +213,13 @@ def _curves(record: RunRecord, panel: Panel) -> list[_Curve]:
 
 def _draw_panel(axis: Axes, record: RunRecord, panel: Panel, curves: Sequence[_Curve]) -> None:
     for curve in curves:
-        steps, values = curve.series.steps, curve.series.values
+        series = curve.series
         if panel.smooth:
-            axis.plot(steps, values, color=curve.colour, linewidth=0.8, alpha=0.4)
-            values = moving_average(values, window_of(curve.series))
-        steps, values = _with_gaps(steps, values)
+            axis.plot(*_with_gaps(series), color=curve.colour, linewidth=0.8, alpha=0.4)
+            series = Series(series.steps, moving_average(series.values, window_of(series)))
         # A run's very first point would be invisible as a line.
-        marker = curve.marker or ("o" if len(steps) == 1 else None)
-        axis.plot(steps, values, curve.line, color=curve.colour, marker=marker, label=curve.label)
+        marker = curve.marker or ("o" if len(series.steps) == 1 else None)
+        axis.plot(*_with_gaps(series), curve.line, color=curve.colour, marker=marker, label=curve.label)
     axis.set_ylabel(panel.label.replace("{k}", str(record.setting("log", "overlap_k") or "k")))
     if panel.share:
         axis.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
@@ -227,13 +229,13 @@ def _draw_panel(axis: Axes, record: RunRecord, panel: Panel, curves: Sequence[_C
             axis.set_ylim(top=1)
 
 
-def _with_gaps(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
+def _with_gaps(series: Series) -> tuple[list[float], list[float]]:
     """Interrupt a line where nothing was measured, such as distillation during Phase I."""
-    distances = sorted(b - a for a, b in zip(steps, steps[1:], strict=False))
+    distances = sorted(b - a for a, b in pairwise(series.steps))
     longest = 2.5 * distances[len(distances) // 2] if distances else math.inf
     xs: list[float] = []
     ys: list[float] = []
-    for step, value in zip(steps, values, strict=True):
+    for step, value in zip(series.steps, series.values, strict=True):
         if xs and step - xs[-1] > longest:
             xs.append(step)
             ys.append(math.nan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -113,7 +114,7 @@ def time_split(record: RunRecord, branch: str, phase: str) -> dict[str, float]:
     means = {activity: sum(values) / len(values) for activity, values in found.items() if values}
     whole = means.pop("step", 0.0)
     covered = sum(means.values())
-    if means and whole > covered:
+    if means and whole > 1.005 * covered:
         means["other"] = whole - covered
     return means
 
@@ -177,8 +178,7 @@ def timeline_steps(record: RunRecord) -> list[int]:
 
 
 def _boundaries(periods: Sequence[Period]) -> list[tuple[Period, Period]]:
-    pairs = zip(periods, periods[1:], strict=False)
-    return [(before, after) for before, after in pairs if (before.phase, after.phase) == TRAINING_PHASES]
+    return [(before, after) for before, after in pairwise(periods) if (before.phase, after.phase) == TRAINING_PHASES]
 
 
 def _duration(stretches: Sequence[Stretch]) -> float:

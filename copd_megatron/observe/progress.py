@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 
@@ -96,7 +97,7 @@ class Progress:
             self.event(branch, status.event)
 
     def event(self, source: str, text: str) -> None:
-        """Show something that happened in a branch, or to the run as a whole; the same from several becomes one line."""
+        """Show what happened in a branch, or to the run as a whole; the same text from several becomes one line."""
         with self._lock:
             latest = self._events[-1] if self._events else None
             if latest is not None and latest[2] == text and source not in latest[1]:
@@ -239,14 +240,14 @@ def sparkline(values: list[float], width: int) -> str:
         return ""
     marks = min(width, len(values))
     edges = [round(index * len(values) / marks) for index in range(marks + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, span = min(means), max(means) - min(means)
     top = len(TREND_MARKS) - 1
     return "".join(TREND_MARKS[round(top * (mean - low) / span) if span else top // 2] for mean in means)
 
 
 def _is_due(before: BranchStatus | None, status: BranchStatus, every: int, last: int) -> bool:
-    if before is None or status.state != before.state and status.state in ("done", "failed"):
+    if before is None or (status.state != before.state and status.state in ("done", "failed")):
         return True
     return status.step // every > before.step // every or (status.step != before.step and status.step == last)
 

@@ -19,6 +19,7 @@ from copd_megatron.observe.results import Evaluation, read_evaluation
 from copd_megatron.observe.timeline import TIMELINE_FILE, Stretch, read_timeline
 
 TRAINING_PHASES = ("explore", "exchange")
+PROBE = "probe"
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,13 @@ class RunRecord:
         return found
 
     def edges(self, metric: str) -> list[tuple[str, str]]:
-        """(student, teacher) pairs for which `metric`/<teacher> was measured."""
+        """(student, teacher) pairs for which `metric`/<teacher> was probed."""
         return [
             (student, key.removeprefix(f"{metric}/"))
             for student in self.branches
-            for key in dict.fromkeys(key for line in self.lines if line["branch"] == student for key in line)
+            for key in dict.fromkeys(
+                key for line in self.lines if line["branch"] == student and line["phase"] == PROBE for key in line
+            )
             if key.startswith(f"{metric}/")
         ]
 
@@ -108,6 +111,13 @@ class RunRecord:
         for (cycle, phase), group in groupby(lines, key=lambda line: (line["cycle"], line["phase"])):
             steps = [line["step"] for line in group]
             periods.append(Period(cycle, phase, steps[0] - 1, steps[-1]))
+        return periods
+
+    def finished_periods(self) -> list[Period]:
+        """The phases that are over: all but the last, and the last if it is as long as the configuration says."""
+        periods = self.periods()
+        if periods and self.setting("rhythm", f"{periods[-1].phase}_steps") != periods[-1].end - periods[-1].start:
+            periods.pop()
         return periods
 
     def steps_done(self, branch: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from copd_megatron.observe.progress import duration
-from copd_megatron.observe.record import RunRecord
+from copd_megatron.observe.record import PROBE, RunRecord
 from copd_megatron.observe.results import ModelResult, Score
 
 ABSENT = "–"
@@ -63,14 +63,14 @@ def summary_table(records: Sequence[RunRecord], names: Sequence[str]) -> Table |
 def drift_table(record: RunRecord) -> Table | None:
     """Overlap and symmetric KL of every edge at the end of both phases of every cycle, where they were measured."""
     ends: dict[int, dict[str, int]] = {}
-    for period in record.periods():
+    for period in record.finished_periods():
         ends.setdefault(period.cycle, {})[period.phase] = period.end
     rows = []
     for student, teacher in dict.fromkeys([*record.edges("overlap"), *record.edges("symkl")]):
         measured = {
             metric: dict(zip(series.steps, series.values, strict=True))
             for metric in ("overlap", "symkl")
-            for series in [record.series(student, f"{metric}/{teacher}")]
+            for series in [record.series(student, f"{metric}/{teacher}", PROBE)]
         }
         for cycle, steps in ends.items():
             cells = [

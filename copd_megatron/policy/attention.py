@@ -1,9 +1,9 @@
 """Attention over packed tokens: `Segments` say who attends to whom, `AttentionPlan` turns them into indices once per
 micro-batch, and `PackedAttention` is the core attention that megatron-core's layers call with the plan.
 
-Everything outside attention runs on T packed tokens. Inside, tokens are gathered into padded rows for
-`scaled_dot_product_attention`: one row per prompt (padding on the right, so a causal prompt needs no mask), and one row
-per response, whose keys are its prompt's and its own.
+Everything outside attention runs on T packed tokens. Inside, sequences of similar length are gathered into rows for
+`scaled_dot_product_attention`, padded on the right: one row per prompt, which then needs no mask to be causal, and one
+row per response, whose keys are its prompt's and its own.
 """
 
 from __future__ import annotations
@@ -17,100 +17,141 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from copd_megatron.policy.elementwise import rotate
 from copd_megatron.policy.packed import Segments
+
+SHORT = 64
+"""Sequences up to this length may share a call whatever their lengths: a call costs more than the padding."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Ragged sequences that lie one after another, seen as padded rows.
+    """Some sequences as rows of equal width: `token` int64 [rows, width] is the token in each slot, and `real` bool
+    [rows, width] whether the slot is one of the sequence's own and not padding."""
 
-    `gather` int64 [rows * width] is the token of each slot (any token where a slot is padding); `slots` int64 [tokens]
-    is the slot of each token.
-    """
-
-    gather: Tensor
-    slots: Tensor
-    rows: int
-    width: int
+    token: Tensor
+    real: Tensor
 
     @staticmethod
-    def of(lengths: Tensor) -> Rows:
-        """Rows for sequences of these `lengths` (int64 [rows], on the CPU)."""
-        rows, width = len(lengths), int(lengths.max())
-        row = torch.repeat_interleave(torch.arange(rows), lengths)
-        offset = torch.arange(len(row)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        slots = row * width + offset
-        gather = torch.zeros(rows * width, dtype=torch.int64)
-        gather[slots] = torch.arange(len(row))
-        return Rows(gather, slots, rows, width)
+    def of(starts: Tensor, lengths: Tensor) -> Rows:
+        """Sequences with their first tokens at `starts`; both int64 [rows]."""
+        slot = torch.arange(int(lengths.max()))
+        real = slot < lengths[:, None]
+        return Rows(starts[:, None] + slot * real, real)
+
+    def causal(self) -> Tensor:
+        """Every slot sees itself and those before it, bool [rows, width, width]; padding is behind all real tokens."""
+        rows, width = self.token.shape
+        return torch.ones(width, width, dtype=torch.bool).tril().expand(rows, -1, -1)
+
+    def visible(self, queries: int) -> Tensor:
+        """Each of so many queries sees the real slots, bool [rows, queries, width]."""
+        return self.real[:, None, :].expand(-1, queries, -1)
+
+
+@dataclass(frozen=True)
+class Attend:
+    """One call of `scaled_dot_product_attention`: `queries` pick the tokens that ask, `keys` those that answer.
+
+    Either is an index int64 [rows * width], or a slice where it would count on by one. `mask` bool [rows, 1, queries,
+    keys] is True where attention is allowed; None where the shape and `causal` decide.
+    """
+
+    rows: int
+    queries: Tensor | slice
+    keys: Tensor | slice
+    mask: Tensor | None
+    causal: bool
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Tokens [T, heads, dim] to outputs [rows * width, heads * dim]."""
+        q, k, v = (
+            _pick(tokens, which).view(self.rows, -1, *tokens.shape[1:]).transpose(1, 2)
+            for tokens, which in ((query, self.queries), (key, self.keys), (value, self.keys))
+        )
+        attended = F.scaled_dot_product_attention(
+            q, k, v, self.mask, is_causal=self.causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _pick(tokens: Tensor, which: Tensor | slice) -> Tensor:
+    return tokens[which].contiguous() if isinstance(which, slice) else tokens.index_select(0, which)
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """The indices and masks of one micro-batch, on the device of the model; made once, used by every layer.
+    """Indices and masks of one micro-batch, on the model's device; made once, used by every layer.
 
-    `prompts` int64 [P * Lp] and `responses` int64 [B * Lr] gather queries; `keys` int64 [B * (Lp + Lr)] the keys and
-    values of responses; `unpack` int64 [T] takes padded outputs (prompts' slots, then responses') back to packed order.
-    Masks are True where attention is allowed; None where the shape alone decides.
+    `unpack` int64 [T] takes the calls' outputs, one after another, back to packed order; None where they are in it.
     """
 
-    causal: bool
-    prompts: Tensor
-    prompt_rows: int
-    prompt_mask: Tensor | None
-    responses: Tensor
-    response_rows: int
-    keys: Tensor
-    response_mask: Tensor | None
-    unpack: Tensor
+    calls: tuple[Attend, ...]
+    unpack: Tensor | None
 
     @staticmethod
     def of(segments: Segments, device: torch.device) -> AttentionPlan:
-        """The plan for `segments`."""
-        prompt = Rows.of(segments.prompt_lengths)
-        key_is_real = torch.arange(prompt.width) < segments.prompt_lengths[:, None]
-        ragged = not bool(key_is_real.all())
-        filled = segments.response_lengths > 0
-        lengths, prompt_of = segments.response_lengths[filled], segments.prompt_of[filled]
-        responses = keys = torch.empty(0, dtype=torch.int64)
-        unpack, response_mask = prompt.slots, None
-        if len(lengths):
-            response = Rows.of(lengths)
-            responses = response.gather + int(segments.prompt_lengths.sum())
-            prompt_keys = prompt.gather.view(prompt.rows, prompt.width)[prompt_of]
-            keys = torch.cat([prompt_keys, responses.view(response.rows, response.width)], dim=1).flatten()
-            unpack = torch.cat([prompt.slots, response.slots + prompt.rows * prompt.width])
-            past = key_is_real[prompt_of][:, None, :].expand(-1, response.width, -1)
-            own = torch.ones(response.width, response.width, dtype=torch.bool).tril().expand(response.rows, -1, -1)
-            response_mask = torch.cat([past, own], dim=2)[:, None].to(device)
-        return AttentionPlan(
-            causal=segments.causal,
-            prompts=prompt.gather.to(device),
-            prompt_rows=prompt.rows,
-            prompt_mask=key_is_real[:, None, None, :].to(device) if ragged and not segments.causal else None,
-            responses=responses.to(device),
-            response_rows=len(lengths),
-            keys=keys.to(device),
-            response_mask=response_mask,
-            unpack=unpack.to(device),
+        """The plan for `segments`: one call per size of prompt, then one per size of response."""
+        lengths = torch.cat([segments.prompt_lengths, segments.response_lengths])
+        prompts, responses = (lengths.cumsum(0) - lengths).split(
+            [len(part) for part in (segments.prompt_lengths, segments.response_lengths)]
         )
+        calls, unpack, slots = [], torch.empty(int(lengths.sum()), dtype=torch.int64), 0
+
+        def call(queries: Rows, keys: Tensor, mask: Tensor | None, causal: bool) -> None:
+            nonlocal slots
+            unpack[queries.token[queries.real]] = slots + queries.real.flatten().nonzero().flatten()
+            slots += queries.real.numel()
+            where = (_slice_or_index(tokens.flatten(), device) for tokens in (queries.token, keys))
+            mask = None if mask is None else mask[:, None].to(device)
+            calls.append(Attend(len(queries.token), *where, mask, causal))
+
+        for rows in _similar(segments.prompt_lengths):
+            own = Rows.of(prompts[rows], segments.prompt_lengths[rows])
+            all_see_all = segments.causal or bool(own.real.all())
+            call(own, own.token, None if all_see_all else own.visible(1), segments.causal)
+        for rows in _similar(segments.response_lengths):
+            own = Rows.of(responses[rows], segments.response_lengths[rows])
+            prompt_of = segments.prompt_of[rows]
+            prompt = Rows.of(prompts[prompt_of], segments.prompt_lengths[prompt_of])
+            mask = torch.cat([prompt.visible(own.token.shape[1]), own.causal()], dim=2)
+            call(own, torch.cat([prompt.token, own.token], dim=1), mask, False)
+        in_order = slots == len(unpack) and bool((unpack == torch.arange(slots)).all())
+        return AttentionPlan(tuple(calls), None if in_order else unpack.to(device))
+
+
+def _similar(lengths: Tensor) -> list[Tensor]:
+    """Numbers of the sequences that share a call: none more than twice as long as another, unless both are short;
+    empty sequences have no place in any."""
+    size = lengths.clamp(min=SHORT).double().log2().ceil() * (lengths > 0)
+    return [(size == each).nonzero().flatten() for each in size.unique().tolist() if each > 0]
+
+
+def _slice_or_index(tokens: Tensor, device: torch.device) -> Tensor | slice:
+    first = int(tokens[0])
+    if torch.equal(tokens, torch.arange(first, first + len(tokens))):
+        return slice(first, first + len(tokens))
+    return tokens.to(device)
 
 
 @dataclass(frozen=True)
 class PackedTokens:
     """What travels through megatron-core's layers in the place of its `PackedSeqParams`.
 
-    Any `qkv_format` but "thd" makes its self-attention apply rotary embeddings token by token, which is what packed
-    tokens with explicit positions need. `visual_index` int64 [merged patches] says where images stand in T.
+    `cos` and `sin` [T, 1, dim] are of the rotary angles (None: no rotation), computed once for all layers.
+    `visual_index` int64 [merged patches] says where images stand in T. `qkv_format` is what the layers read: any but
+    "thd" leaves queries and keys to the core attention as they are.
     """
 
     plan: AttentionPlan
+    cos: Tensor | None = None
+    sin: Tensor | None = None
     visual_index: Tensor | None = None
     qkv_format: str = "packed"
 
 
 class PackedAttention(MegatronModule):
-    """Core attention (softmax of scaled scores times values) of packed tokens; holds no parameters."""
+    """Rotary positions and core attention (softmax of scaled scores times values) of packed tokens; no parameters."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
@@ -127,35 +168,12 @@ class PackedAttention(MegatronModule):
         **_: Any,
     ) -> Tensor:
         """`query` [T, 1, heads, dim], `key` and `value` [T, 1, groups, dim] to [T, 1, heads * dim]."""
-        plan = packed_seq_params.plan
+        packed = packed_seq_params
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        padded = self._attend(
-            query, key, value, plan.prompts, plan.prompts, plan.prompt_rows, plan.prompt_mask, plan.causal
-        )
-        if plan.response_rows:
-            responses = self._attend(
-                query, key, value, plan.responses, plan.keys, plan.response_rows, plan.response_mask, False
-            )
-            padded = torch.cat([padded, responses])
-        return padded.index_select(0, plan.unpack).unsqueeze(1)
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        queries: Tensor,
-        keys: Tensor,
-        rows: int,
-        mask: Tensor | None,
-        causal: bool,
-    ) -> Tensor:
-        """Attention of padded rows, back as [rows * width, heads * dim]."""
-        q, k, v = (
-            tokens.index_select(0, index).view(rows, -1, *tokens.shape[1:]).transpose(1, 2)
-            for tokens, index in ((query, queries), (key, keys), (value, keys))
-        )
-        attended = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+        if packed.cos is not None and packed.sin is not None:
+            query, key = rotate(query, packed.cos, packed.sin), rotate(key, packed.cos, packed.sin)
+        outputs = [attend(query, key, value, self.softmax_scale) for attend in packed.plan.calls]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if packed.plan.unpack is not None:
+            output = output.index_select(0, packed.plan.unpack)
+        return output.unsqueeze(1)

@@ -72,6 +72,9 @@ def initialize(layout: Layout, seed: int = 0, timeout_seconds: float = 1800.0) -
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != layout.world:
         raise ConfigError(f"parallel.world is {layout.world}, but {world} processes were started (WORLD_SIZE)")
+    if layout.tp > 1:
+        # Lets gradients travel while the next product is computed; must be there before CUDA starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if platform.on_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _device as torch_device
 
 _prepared = False
 _torchvision_schemas: torch.library.Library | None = None
@@ -60,7 +63,13 @@ def prepare() -> None:
         _generator_state,
     ):
         substitute()
-    for substitute in (_megatron_generator_state, _optimizer_type_names, _adam_state_before_load, _adam_step_per_tensor):
+    _import_megatron()
+    for substitute in (
+        _megatron_generator_state,
+        _optimizer_type_names,
+        _adam_state_before_load,
+        _adam_step_per_tensor,
+    ):
         substitute()
 
 
@@ -109,6 +118,9 @@ def _device_literals() -> None:
 
         return create
 
+    # torch's device contexts, as in `with torch.device("meta")`, recognise these functions by a cached list; filled
+    # after the replacement it would name the wrappers, and transformers would load models with uninitialised buffers.
+    torch_device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
 
@@ -170,6 +182,14 @@ def _megatron_generator_state() -> None:
     tracked._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     tracked._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     logging.getLogger(tracked.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _import_megatron() -> None:
+    """Each of these modules warns on import that Transformer Engine and Apex, which have no CPU version, are absent."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("distributed", "optimizer", "models.gpt.gpt_layer_specs"):
+            importlib.import_module(f"megatron.core.{name}")
 
 
 @contextlib.contextmanager

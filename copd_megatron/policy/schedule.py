@@ -47,7 +47,7 @@ def train_pass(model: DistributedDataParallel, batches: Sequence[MicroBatch], lo
     """Forward and backward over `batches`; gradients of all ranks are added into the model's buffers.
 
     Returns the sum of all losses and, per statistic, its sum and count, over all micro-batches and replicas; the same
-    on every rank. Collective; every data-parallel rank brings at least one micro-batch.
+    on every rank. Collective; a replica without micro-batches contributes zeros.
     """
 
     def score(batch: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -57,7 +57,7 @@ def train_pass(model: DistributedDataParallel, batches: Sequence[MicroBatch], lo
         return value, torch.zeros((), dtype=torch.int, device=value.device), named
 
     totals = _over_replicas(_run(model, batches, score, forward_only=False))
-    total_loss, _ = totals.pop("loss")
+    total_loss, _ = totals.pop("loss", (0.0, 0.0))
     return total_loss, totals
 
 
@@ -112,7 +112,9 @@ def _run(
 ) -> list[Any]:
     """What `score` returned for each micro-batch; nothing on stages that have no logits."""
     if not batches:
-        raise ValueError("there are no micro-batches; every data-parallel rank needs at least one sample")
+        if not forward_only:  # the other replicas wait for this one's gradients
+            model.config.finalize_model_grads_func([model])
+        return []
 
     def forward(iterator: Iterator[MicroBatch], module: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = _on_device(next(iterator))

@@ -80,12 +80,18 @@ class Policy:
         self.optimizer = _megatron_optimizer(optimizer, precision, self.model)
 
     def update(
-        self, samples: Sequence[Sample], loss: Loss, sequences: Mapping[int, int] | None = None
+        self,
+        samples: Sequence[Sample],
+        loss: Loss,
+        sequences: Mapping[int, int] | None = None,
+        old_logprobs: Sequence[torch.Tensor] | None = None,
     ) -> dict[str, float]:
         """One optimizer step on `samples`; `version` then is one higher.
 
         `sequences` is the number of sequences per source, over all replicas, that the mean is taken over; it may count
-        some that are not among `samples` because they have no gradient. Default: those in `samples`.
+        some that are not among `samples` because they have no gradient. Default: those in `samples`. A replica may
+        have no samples at all. `old_logprobs` are those of `logprobs` before the first of several updates on the same
+        samples.
 
         The gradient is that of the sum of `loss` over all micro-batches of all replicas, however they are divided. If
         that sum or the gradient's norm is not finite, weights and optimizer state stay as they are, and the update
@@ -95,7 +101,7 @@ class Policy:
 
         Raises TrainingDiverged when `max_skipped` updates in a row had to be skipped.
         """
-        packed = self._pack(samples, sequences)
+        packed = self._pack(samples, sequences, old_logprobs)
         rate = self._set_learning_rate()
         self._zero_gradients()
         total_loss, totals = train_pass(self.model, packed.microbatches, loss)
@@ -122,8 +128,11 @@ class Policy:
         return _means(measure_pass(self.model, self._pack(samples).microbatches, measure))
 
     def logprobs(self, samples: Sequence[Sample], temperature: float = 1.0) -> list[torch.Tensor]:
-        """Log-probabilities float32 [R_i] of each sample's response under the current weights, on the CPU."""
-        packed = self._pack(samples)
+        """Log-probabilities float32 [R_i] of each sample's response under the current weights, on the CPU.
+
+        Replicas need not take part together.
+        """
+        packed = self._pack(samples, Counter(sample.source for sample in samples))
         result: list[torch.Tensor] = [torch.empty(0)] * len(samples)
         passed = logprob_pass(self.model, packed.microbatches, temperature)
         for members, logprobs in zip(packed.order, passed, strict=True):
@@ -144,22 +153,22 @@ class Policy:
         mapping.to_megatron(dict(HfFolder(folder).tensors()), [self.model])
         self.optimizer.reload_model_params()
 
-    def _pack(self, samples: Sequence[Sample], sequences: Mapping[int, int] | None = None) -> Packed:
-        counts: Counter[int] = Counter(sequences or {})
-        if sequences is None:
-            for part in over_replicas(Counter(sample.source for sample in samples)):
-                counts.update(part)
-        return pack(samples, self._max_tokens, counts, self._positions, self.hf_config.image_token_id)
-
-    def _positions(self, prompt: Prompt) -> torch.Tensor:
+    def positions(self, prompt: Prompt) -> torch.Tensor:
+        """Position ids int64 [3, S] of a prompt's tokens."""
         grid = None if prompt.images is None else prompt.images.grid_thw
         merge = self.hf_config.vision_config.spatial_merge_size
         return prompt_positions(prompt.token_ids, grid, self.hf_config.image_token_id, merge)
 
-    def _pack(self, samples: Sequence[Sample], old_logprobs: Sequence[torch.Tensor] | None = None) -> Packed:
-        counts: Counter[int] = Counter()
-        for part in over_replicas(Counter(sample.source for sample in samples)):
-            counts.update(part)
+    def _pack(
+        self,
+        samples: Sequence[Sample],
+        sequences: Mapping[int, int] | None = None,
+        old_logprobs: Sequence[torch.Tensor] | None = None,
+    ) -> Packed:
+        counts: Counter[int] = Counter(sequences or {})
+        if sequences is None:
+            for part in over_replicas(Counter(sample.source for sample in samples)):
+                counts.update(part)
         image_token = self.hf_config.image_token_id
         return pack(samples, self._max_tokens, counts, self.positions, image_token, old_logprobs)
 
@@ -185,7 +194,7 @@ class Policy:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.settings.max_skipped:
             raise TrainingDiverged(
-                f"update {self.version} had to be skipped, the {self.skipped_in_a_row}th in a row: {reason}. The weights "
+                f"update {self.version} had to be skipped, number {self.skipped_in_a_row} in a row: {reason}. The weights "
                 f"are those after update {self.version - self.skipped_in_a_row}. Go on from an earlier checkpoint with a "
                 "lower optimizer.lr, or look at the samples of these updates"
             )

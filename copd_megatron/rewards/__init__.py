@@ -33,6 +33,7 @@ def verifier(name: str) -> Verifier:
     return _entry_point(name).load()  # type: ignore[no-any-return]
 
 
+@lru_cache
 def known(name: str) -> None:
     """Check `name` without importing the verifier. Raises ConfigError that names the nearest one."""
     if name not in _BUILT_IN:

@@ -7,44 +7,20 @@ comes from a named seed and not from the process's generator; the logprob of eac
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from copd_megatron.errors import WeightsError
+from copd_megatron.rollout import decoding
 from copd_megatron.rollout.hf_module import WeightLoader, open_module, open_tokenizer
-from copd_megatron.rollout.prompt_batch import check_prompt, prompt_batch
-from copd_megatron.rollout.sampling import check_sampling, choose, random_numbers, token_logprobs
+from copd_megatron.rollout.prompt_batch import check_prompt, check_tokens, prompt_batch
+from copd_megatron.rollout.sampling import check_sampling, random_numbers
 from copd_megatron.rollout.types import Prompt, Rollout, Sampling, TeacherScores
 from copd_megatron.weights.hf import HfFolder
-
-if TYPE_CHECKING:
-    from transformers import DynamicCache
-
-# Logits that exist at once while scoring, in numbers: 128 MiB of float32.
-_LOGITS_AT_ONCE = 2**25
-
-
-@dataclass
-class _Rows:
-    """Sequences in progress: their cache and what the next token depends on.
-
-    `hidden` [B, H] of the last token; `position` int64 [B] of the next; `mask` bool [B, S] of the cached columns, or
-    None where none is padding.
-    """
-
-    cache: DynamicCache
-    hidden: torch.Tensor
-    position: torch.Tensor
-    mask: torch.Tensor | None
-
-    def select(self, rows: torch.Tensor) -> _Rows:
-        """The rows `rows` (repetition allowed), in that order. The cache is changed in place."""
-        self.cache.batch_select_indices(rows)
-        return _Rows(self.cache, self.hidden[rows], self.position[rows], None if self.mask is None else self.mask[rows])
 
 
 class EmbeddedEngine:
@@ -58,7 +34,7 @@ class EmbeddedEngine:
     def __init__(
         self,
         name: str,
-        model_dir: str | Path,
+        model_dir: str | os.PathLike[str],
         dtype: torch.dtype = torch.float32,
         *,
         load_weights: bool = True,
@@ -102,9 +78,8 @@ class EmbeddedEngine:
         for chunk in _chunks(prompts, [n] * len(prompts), self._max_rows):
             places = [index * n + sample for index in chunk for sample in range(n)]
             with torch.inference_mode():
-                rows = self._prefill([prompts[index] for index in chunk])
-                rows = rows.select(torch.arange(len(chunk), device=self._device).repeat_interleave(n))
-                tokens, logprobs, lengths = self._decode(rows, uniform[places], sampling)
+                rows = self._prefill([prompts[index] for index in chunk], [n] * len(chunk))
+                tokens, logprobs, lengths = decoding.sample(self.model, rows, uniform[places], sampling)
             for place, ids, values, length in zip(places, tokens.tolist(), logprobs, lengths.tolist(), strict=True):
                 # A copy made outside inference mode: the trainer's graph cannot hold an inference tensor.
                 responses[place] = ids[:length], values[:length].clone()
@@ -114,12 +89,14 @@ class EmbeddedEngine:
         """Log-probabilities of the rollouts' own tokens and of the `top_k` likeliest, one result per rollout.
 
         A `top_k` above the vocabulary's size V means all of it (K is then V). Rollouts that share a `Prompt` object
-        share its computation. Raises DataError for a prompt whose images do not fit its tokens.
+        share its computation. Raises DataError for tokens the model does not know and for images that do not fit them.
         """
         if top_k < 0 or temperature < 0:
             raise ValueError(f"top_k is {top_k} and temperature {temperature}, expected 0 or more")
         prompts = list({id(rollout.prompt): rollout.prompt for rollout in rollouts}.values())
         self._check(prompts)
+        for rollout in rollouts:
+            check_tokens(rollout.token_ids, self.model.config, f"response to prompt {rollout.prompt.uid}")
         place = {id(prompt): index for index, prompt in enumerate(prompts)}
         members: list[list[int]] = [[] for _ in prompts]
         for index, rollout in enumerate(rollouts):
@@ -127,12 +104,10 @@ class EmbeddedEngine:
         results: dict[int, TeacherScores] = {}
         for chunk in _chunks(prompts, [len(group) for group in members], self._max_rows):
             indices = [index for prompt in chunk for index in members[prompt]]
-            prompt_of = [row for row, prompt in enumerate(chunk) for _ in members[prompt]]
+            responses = [rollouts[index].token_ids for index in indices]
             with torch.inference_mode():
-                rows = self._prefill([prompts[index] for index in chunk])
-                rows = rows.select(torch.tensor(prompt_of, device=self._device))
-                responses = [rollouts[index].token_ids for index in indices]
-                parts = self._score(rows, responses, top_k, temperature)
+                rows = self._prefill([prompts[prompt] for prompt in chunk], [len(members[prompt]) for prompt in chunk])
+                parts = decoding.score(self.model, rows, responses, top_k, temperature)
             for index, (logprobs, ids, top) in zip(indices, zip(*parts, strict=True), strict=True):
                 results[index] = TeacherScores(self.name, self.version, logprobs.clone(), ids.clone(), top.clone())
         return [results[index] for index in range(len(rollouts))]
@@ -143,115 +118,11 @@ class EmbeddedEngine:
         for prompt in prompts:
             check_prompt(prompt, self.model.config)
 
-    def _prefill(self, prompts: Sequence[Prompt]) -> _Rows:
-        """Compute prompts, images included: one row each, ready for the first token of the response."""
-        from copd_megatron.rollout.kv_cache import roomy_cache
-
-        batch = prompt_batch(prompts, self.model.model, self._device)
-        language = self.model.model.language_model
-        embeddings = language.embed_tokens(batch.token_ids)
-        visual: dict[str, Any] = {}
-        if batch.pixel_values is not None:
-            tower = self.model.model.visual
-            features = tower(batch.pixel_values.to(tower.dtype), grid_thw=batch.grid_thw, return_dict=True)
-            is_image = batch.token_ids == self.model.config.image_token_id
-            embeddings = embeddings.masked_scatter(is_image[..., None], features.pooler_output.to(embeddings))
-            visual = {"visual_pos_masks": is_image, "deepstack_visual_embeds": features.deepstack_features}
-        cache = roomy_cache(len(language.layers))
-        hidden = language(
-            inputs_embeds=embeddings,
-            attention_mask=batch.mask,
-            position_ids=batch.position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            **visual,
-        ).last_hidden_state
-        return _Rows(cache, hidden[:, -1], batch.next_position, batch.mask)
-
-    def _extend(self, rows: _Rows, token_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Hidden states [B, new tokens, H] of `token_ids` int64 [B, new tokens] behind `rows`, which are extended.
-
-        `mask` covers the cached and the new columns; None if none is padding.
-        """
-        language = self.model.model.language_model
-        steps = torch.arange(token_ids.shape[1], device=self._device)
-        position_ids = (rows.position[:, None] + steps).expand(3, -1, -1)
-        rows.position = rows.position + token_ids.shape[1]
-        return language(
-            inputs_embeds=language.embed_tokens(token_ids),
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=rows.cache,
-            use_cache=True,
-        ).last_hidden_state
-
-    def _decode(
-        self, rows: _Rows, uniform: torch.Tensor, sampling: Sampling
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sample until a stop token or `max_new_tokens`, on rows that are B rollouts of their own.
-
-        Returns token ids int64 [B, steps], their logprobs float32 [B, steps] and lengths int64 [B], on the CPU; what
-        lies behind a row's length has no meaning.
-        """
-        count, steps = uniform.shape
-        tokens = torch.zeros(count, steps, dtype=torch.int64, device=self._device)
-        logprobs = torch.zeros(count, steps, device=self._device)
-        lengths = torch.full((count,), steps, device=self._device)
-        stop = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self._device)
-        place = torch.arange(count, device=self._device)
-        going = torch.ones(count, dtype=torch.bool, device=self._device)
-        mask = rows.mask
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(count, steps)], dim=1)[:, None, None]
-        columns = rows.cache.get_seq_length()
-        for step in range(steps):
-            chosen, values = choose(self.model.lm_head(rows.hidden), uniform[place, step], sampling)
-            tokens[place, step] = chosen
-            logprobs[place, step] = values
-            ended = going & torch.isin(chosen, stop)
-            lengths[place[ended]] = step + 1
-            going &= ~ended
-            left = int(going.sum())
-            if left == 0 or step == steps - 1:
-                break
-            # Dropping rows copies the whole cache: worth it once half of the work would be wasted.
-            if 2 * left <= len(going):
-                kept = going.nonzero()[:, 0]
-                rows, place, going, chosen = rows.select(kept), place[kept], going[kept], chosen[kept]
-                mask = None if mask is None else mask[kept]
-            seen = None if mask is None else mask[..., : columns + step + 1]
-            rows.hidden = self._extend(rows, chosen[:, None], seen)[:, 0]
-        return tokens.cpu(), logprobs.cpu(), lengths.cpu()
-
-    def _score(
-        self, rows: _Rows, responses: Sequence[Sequence[int]], top_k: int, temperature: float
-    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """Teacher-forced logprobs [R], top-k ids [R, K] and their logprobs [R, K] of each response."""
-        lengths = torch.tensor([len(response) for response in responses])
-        width = int(lengths.max())
-        valid = (torch.arange(width) < lengths[:, None]).to(self._device)
-        padded = torch.zeros(len(responses), width, dtype=torch.int64)
-        for row, response in enumerate(responses):
-            padded[row, : len(response)] = torch.tensor(response, dtype=torch.int64)
-        padded = padded.to(self._device)
-        hidden = rows.hidden[:, None]
-        if width > 1:
-            # Padding on the right needs no mask: causality keeps it from the tokens before it.
-            mask = rows.mask
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(responses), width - 1)], dim=1)
-            hidden = torch.cat([hidden, self._extend(rows, padded[:, :-1], mask)], dim=1)
-        hidden, targets = hidden[:, :width][valid], padded[valid]
-        k = min(top_k, self.model.config.text_config.vocab_size)
-        logprobs, ids, top = [], [], []
-        for part in _slices(len(targets), max(1, _LOGITS_AT_ONCE // self.model.config.text_config.vocab_size)):
-            distribution = token_logprobs(self.model.lm_head(hidden[part]), temperature)
-            best = distribution.topk(k, dim=-1)
-            logprobs.append(distribution.gather(-1, targets[part, None])[:, 0].cpu())
-            ids.append(best.indices.cpu())
-            top.append(best.values.cpu())
-        sizes = lengths.tolist()
-        return tuple(torch.cat(pieces).split(sizes) for pieces in (logprobs, ids, top))  # type: ignore[return-value]
+    def _prefill(self, prompts: Sequence[Prompt], copies: Sequence[int]) -> decoding.Rows:
+        """Compute each prompt once; the result has `copies[i]` rows of prompt i, next to each other."""
+        rows = decoding.prefill(self.model, prompt_batch(prompts, self.model.model, self._device))
+        numbers = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies))
+        return rows.select(numbers.to(self._device))
 
     def _rollouts(
         self, prompts: Sequence[Prompt], responses: Sequence[tuple[list[int], torch.Tensor]], sampling: Sampling
@@ -285,7 +156,3 @@ def _chunks(prompts: Sequence[Prompt], rows: Sequence[int], max_rows: int) -> It
         size += rows[index]
     if chunk:
         yield chunk
-
-
-def _slices(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)] or [slice(0, 0)]

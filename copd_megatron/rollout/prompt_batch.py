@@ -32,21 +32,26 @@ class PromptBatch:
     grid_thw: torch.Tensor | None
 
 
+def check_tokens(token_ids: Sequence[int], config: Qwen3VLConfig, owner: str) -> None:
+    """Raise DataError if there are no tokens, or one that is not in the vocabulary; `owner` says whose they are."""
+    vocabulary = config.text_config.vocab_size
+    if not token_ids:
+        raise DataError(f"{owner}: no tokens, expected at least one")
+    if min(token_ids) < 0 or max(token_ids) >= vocabulary:
+        wrong = next(token for token in token_ids if not 0 <= token < vocabulary)
+        raise DataError(
+            f"{owner}: token {wrong} is not in the model's vocabulary of {vocabulary}; "
+            "it must come from this model's tokenizer"
+        )
+
+
 def check_prompt(prompt: Prompt, config: Qwen3VLConfig) -> None:
-    """Raise DataError if the prompt is empty, has unknown tokens, or if its image tokens and its images disagree.
+    """Raise DataError if the prompt has no or unknown tokens, or if its image tokens and its images disagree.
 
     A prompt whose image tokens came without the images would be answered or scored blindly, with no other sign than
     worse numbers (docs/method.md, pitfall 10).
     """
-    vocabulary = config.text_config.vocab_size
-    if not prompt.token_ids:
-        raise DataError(f"prompt {prompt.uid}: no tokens, expected at least one")
-    if min(prompt.token_ids) < 0 or max(prompt.token_ids) >= vocabulary:
-        wrong = next(token for token in prompt.token_ids if not 0 <= token < vocabulary)
-        raise DataError(
-            f"prompt {prompt.uid}: token {wrong} is not in the model's vocabulary of {vocabulary}; "
-            "the prompt must be built with this model's tokenizer"
-        )
+    check_tokens(prompt.token_ids, config, f"prompt {prompt.uid}")
     patches = merged = 0
     if prompt.images is not None:
         patches = int(prompt.images.grid_thw.prod(-1).sum())

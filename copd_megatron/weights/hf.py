@@ -172,7 +172,7 @@ def whole_folder(out: str | os.PathLike[str], marker: str, overwrite: bool) -> I
     because then it is something else than what would replace it.
     """
     target = Path(out).absolute()
-    _refuse_content(target, marker, overwrite)
+    refuse_content(out, marker, overwrite)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
@@ -192,7 +192,9 @@ def whole_folder(out: str | os.PathLike[str], marker: str, overwrite: bool) -> I
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _refuse_content(target: Path, marker: str, overwrite: bool) -> None:
+def refuse_content(out: str | os.PathLike[str], marker: str, overwrite: bool) -> None:
+    """Raise WeightsError if `whole_folder` would, before any work is done for it."""
+    target = Path(out)
     if not target.exists():
         return
     if not target.is_dir():

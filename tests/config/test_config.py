@@ -67,7 +67,7 @@ def test_branches_with_one_name_are_refused(tmp_path):
 
 
 def test_branch_needs_exactly_one_origin_of_data(tmp_path):
-    both = {"mini": {"modality": "text"}, "train": {"path": "x.jsonl"}}
+    both = {"mini": {"modality": "text"}, "train": {"path": "x.jsonl", "verifier": "math"}}
     with pytest.raises(ConfigError, match="either `mini` or `train`"):
         load_config(write(tmp_path, {**MINIMAL, "branches": [{"name": "text", "data": both}]}), [], RunConfig)
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from copd_megatron.data.sampler import Sampler, furthest
 from copd_megatron.errors import DataError
 
-sizes = st.integers(1, 40)
+sizes = st.integers(1, 20)
 worlds = st.integers(1, 5)
-batches = st.lists(st.integers(0, 90), max_size=12)
+batches = st.lists(st.integers(0, 45), max_size=4)
 
 
 def drawn_by_all(size: int, world: int, batches: list[int], states: list[dict[str, object]] | None = None) -> list[int]:
@@ -79,15 +79,15 @@ def test_epochs_seeds_and_names_have_orders_of_their_own() -> None:
 
 
 def test_order_is_the_same_on_every_machine_and_version() -> None:
-    assert Sampler(8, 0, "text").draw(16) == [-1]
+    assert Sampler(8, 0, "text").draw(16) == [3, 7, 2, 4, 1, 0, 6, 5, 7, 2, 0, 3, 5, 1, 6, 4]
 
 
 def test_global_random_state_is_neither_used_nor_changed() -> None:
     random.seed(1)
     np.random.seed(1)
-    before = random.getstate(), np.random.get_state()[1].tolist()
+    before = random.getstate(), str(np.random.get_state())
     first = Sampler(20, 0, "text").draw(50)
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    assert (random.getstate(), str(np.random.get_state())) == before
     random.seed(2)
     np.random.seed(2)
     assert Sampler(20, 0, "text").draw(50) == first

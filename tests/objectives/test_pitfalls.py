@@ -58,7 +58,7 @@ def test_pitfall_01_topk_divergence_is_a_loss_and_not_an_advantage(loss):
 
     logits = logits.clone().requires_grad_()
     (expected,) = torch.autograd.grad(coarse_kl(logits, teacher_logits, 3, loss), logits)
-    assert expected.norm() > 0.05
+    assert expected.norm() > 0.01
     torch.testing.assert_close(found, expected)
 
 
@@ -207,27 +207,33 @@ def test_pitfall_09_delta_is_clipped(sign):
 
 @pytest.mark.parametrize("loss", EVERY)
 def test_pitfall_11_slicing_everything_alike_changes_nothing(loss):
-    batch = random_batch()
-    settings = settings_for(loss)
+    batch, settings = random_batch(), settings_for(loss)
     whole, whole_stats = branch_loss(batch.logits, batch.targets, batch.signals, settings)
+    (whole_gradient,) = torch.autograd.grad(whole, batch.logits)
     # A context-parallel rank r of 2 gets chunks r and 3 − r of 4.
     chunks = torch.arange(12).chunk(4)
-    ranks = [batch.rows(torch.cat([chunks[0], chunks[3]])), batch.rows(torch.cat([chunks[1], chunks[2]]))]
+    slices = [torch.cat([chunks[0], chunks[3]]), torch.cat([chunks[1], chunks[2]])]
+    ranks = [batch.rows(rows) for rows in slices]
     parts = [branch_loss(rank.logits, rank.targets, rank.signals, settings) for rank in ranks]
-    torch.testing.assert_close(sum(part for part, _ in parts), whole)
+    torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
+    for rows, rank, (part, _) in zip(slices, ranks, parts, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(part, rank.logits)[0], whole_gradient[rows])
     for name, pair in whole_stats.items():
         torch.testing.assert_close(sum(stats[name] for _, stats in parts), pair)
 
 
 @pytest.mark.parametrize("loss", EVERY)
-def test_pitfall_11_teacher_values_of_other_rows_change_the_loss(loss):
-    batch = random_batch()
+def test_pitfall_11_another_row_s_teacher_values_change_the_gradient(loss):
+    """So the test above cannot pass by chance. The value of `sampled` alone would not show it: it is −Σ weight · Â."""
+    batch, settings = random_batch(), settings_for(loss)
     shifted = batch.but(
         teacher_logprobs=batch.signals.teacher_logprobs.roll(3),
         teacher_top_ids=batch.signals.teacher_top_ids.roll(3, 0),
         teacher_top_logprobs=batch.signals.teacher_top_logprobs.roll(3, 0),
     )
-    assert (loss_of(shifted, settings_for(loss)) - loss_of(batch, settings_for(loss))).abs() > 1e-3
+    (aligned,) = torch.autograd.grad(loss_of(batch, settings), batch.logits)
+    (misaligned,) = torch.autograd.grad(loss_of(shifted, settings), batch.logits)
+    assert (misaligned - aligned).norm() > 0.1 * aligned.norm()
 
 
 @pytest.mark.parametrize("loss", EVERY)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from copd_megatron.policy import layout as layouts
-from copd_megatron.policy.batching import Sample, pack
+from copd_megatron.policy.batching import NATIVE, Sample
 from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.packed import Signals
 from tiny_policy import base_folder, gradients, make_samples, new_policy, toy_loss, weights_of, worst_difference
@@ -25,9 +26,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def reference_model(base: Path):
-    from transformers import Qwen3VLForConditionalGeneration
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    return Qwen3VLForConditionalGeneration.from_pretrained(base)
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(base))
+    model.load_state_dict(load_file(base / "model.safetensors"))
+    return model
 
 
 def reference_logits(model, sample: Sample) -> torch.Tensor:
@@ -62,6 +65,14 @@ def reference_backward(model, samples: list[Sample]) -> float:
         loss.backward()
         total += float(loss.detach())
     return total
+
+
+def policy_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, signals: Signals
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A loss to which a sample without advantage contributes nothing."""
+    logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return -(signals.weight * signals.advantage * logprobs).sum(), {}
 
 
 def test_gradient_equals_autograd_through_transformers(base: Path) -> None:
@@ -176,27 +187,35 @@ def test_bf16_policy_learns_with_fp32_master_weights(base: Path) -> None:
     assert any(not torch.equal(old, new) for old, new in zip(before, masters, strict=True))
 
 
-def test_update_without_samples_is_refused(base: Path) -> None:
-    with pytest.raises(ValueError, match="at least one sample"):
-        new_policy(base).update([], toy_loss)
+def test_update_without_samples_steps_with_a_zero_gradient(base: Path) -> None:
+    policy = new_policy(base)
+    metrics = policy.update([], toy_loss)
+    assert (metrics["loss"], metrics["grad_norm"], metrics["microbatches"], policy.version) == (0, 0, 0, 1)
+
+
+def test_samples_without_gradient_can_be_left_out_if_they_are_counted(base: Path) -> None:
+    samples = make_samples(base, prompts=4, group=2)
+    flat = [replace(sample, advantage=0.0) for sample in samples[:4]]
+    found = []
+    for chosen in (flat + samples[4:], samples[4:]):
+        policy = new_policy(base, clip_grad=0)
+        policy.update(chosen, policy_gradient, sequences={NATIVE: 8})
+        found.append(gradients(policy))
+    assert worst_difference(*found) < 1e-5
 
 
 def test_old_logprobs_reach_the_loss(base: Path) -> None:
     samples = make_samples(base, prompts=3, group=2)
     policy = new_policy(base, max_tokens=30)
     old = policy.logprobs(samples)
-    counts = {-1: len(samples)}
-    positions = policy.positions
-    packed = pack(samples, 30, counts, positions, policy.hf_config.image_token_id, old)
-    assert all(batch.signals.old_logprobs is not None for batch in packed.microbatches)
     seen: list[torch.Tensor] = []
 
-    def loss(logits: torch.Tensor, targets: torch.Tensor, signals: Signals, sink: list[torch.Tensor]):
+    def loss(logits: torch.Tensor, targets: torch.Tensor, signals: Signals) -> tuple[torch.Tensor, dict]:
         assert signals.old_logprobs is not None
         logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        sink.append((logprobs.detach() - signals.old_logprobs).abs().max())
+        seen.append((logprobs.detach() - signals.old_logprobs).abs().max())
         return (signals.weight * logprobs).sum(), {}
 
-    policy.update(samples, partial(loss, sink=seen), old_logprobs=old)
+    policy.update(samples, loss, old_logprobs=old)
     assert len(seen) > 1
     assert max(seen) < 1e-5

@@ -118,7 +118,7 @@ def test_hostile_mathematics_costs_the_time_limit_and_spares_its_neighbours(pool
     right = ("math", r"\boxed{\frac12}", "0.5")
     start = time.monotonic()
     verdicts = pool.score([right, GOOD, ("math", hostile, "1"), WRONG, ("math", r"\boxed{3}", "4"), GOOD])
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
     assert [verdict.reward for verdict in verdicts] == [1, 1, 0, 0, 0, 1]
     assert [status for index, status in enumerate(statuses(verdicts)) if index != 2] == ["ok"] * 5
     assert verdicts[2].status in ("timeout", "unparsable", "ok")

@@ -61,16 +61,14 @@ def test_greedy_tokens_are_those_of_transformers_generate(
     assert {len(rollout.token_ids) for rollout in together} == {10}
     for prompt, rollout in zip(prompts, together, strict=True):
         inputs = model_inputs(prompt)
-        output = reference.generate(
-            **inputs, do_sample=False, max_new_tokens=10, eos_token_id=END, pad_token_id=PAD
-        )[0, len(prompt.token_ids) :]
+        output = reference.generate(**inputs, do_sample=False, max_new_tokens=10, eos_token_id=END, pad_token_id=PAD)[
+            0, len(prompt.token_ids) :
+        ]
         assert list(rollout.token_ids) == output.tolist(), prompt.uid
         assert engine.generate([prompt], GREEDY, seed=1)[0].token_ids == rollout.token_ids
 
 
-def test_logprobs_equal_those_of_a_plain_forward(
-    engine: EmbeddedEngine, reference: Any, prompts: list[Prompt]
-) -> None:
+def test_logprobs_equal_those_of_a_plain_forward(engine: EmbeddedEngine, reference: Any, prompts: list[Prompt]) -> None:
     for temperature in (1.0, 0.6):
         rollouts = comparable(engine.generate(prompts, replace(SAMPLED, temperature=temperature), seed=3))
         assert len(rollouts) >= 10
@@ -90,9 +88,7 @@ def test_pitfall_06_rollout_logprobs_are_not_renormalised(
         assert (full.topk(2, dim=-1).indices == tokens[:, None]).any(-1).all()
 
 
-def test_greedy_logprobs_are_at_temperature_one(
-    engine: EmbeddedEngine, reference: Any, prompts: list[Prompt]
-) -> None:
+def test_greedy_logprobs_are_at_temperature_one(engine: EmbeddedEngine, reference: Any, prompts: list[Prompt]) -> None:
     for rollout in engine.generate(prompts, GREEDY, seed=0):
         best = plain_logprobs(reference, rollout).max(-1).values
         torch.testing.assert_close(rollout.logprobs, best, atol=1e-5, rtol=0)
@@ -177,6 +173,7 @@ def test_logprobs_can_enter_a_training_graph(engine: EmbeddedEngine, prompts: li
     logprobs = engine.generate(prompts[:1], GREEDY, seed=0)[0].logprobs
     weight = torch.ones_like(logprobs, requires_grad=True)
     (weight * logprobs).sum().backward()
+    assert weight.grad is not None
     assert torch.equal(weight.grad, logprobs)
     assert logprobs.untyped_storage().nbytes() == 4 * len(logprobs)
 
@@ -208,9 +205,7 @@ def test_images_whose_patches_are_incomplete_are_refused(
         engine.generate([replace(prompt, images=cut)], GREEDY, seed=0)
 
 
-def test_prompts_that_no_model_can_read_are_refused(
-    engine: EmbeddedEngine, make_prompt: Callable[..., Prompt]
-) -> None:
+def test_prompts_that_no_model_can_read_are_refused(engine: EmbeddedEngine, make_prompt: Callable[..., Prompt]) -> None:
     prompt = make_prompt("9", uid="row 7")
     with pytest.raises(DataError, match="prompt row 7: no tokens"):
         engine.generate([replace(prompt, token_ids=())], GREEDY, seed=0)

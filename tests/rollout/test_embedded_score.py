@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from copd_megatron.errors import DataError, WeightsError
-from copd_megatron.rollout import embedded
+from copd_megatron.rollout import decoding
 from copd_megatron.rollout.embedded import EmbeddedEngine
+from copd_megatron.rollout.prompt_batch import PromptBatch
 from copd_megatron.rollout.types import Prompt, Rollout, Sampling, TeacherScores
 
 END, IMAGE = 1, 4  # of the model in conftest.py
@@ -86,7 +87,7 @@ def test_temperature_zero_scores_as_one(teacher: EmbeddedEngine, rollouts: list[
 def test_scores_do_not_depend_on_how_rollouts_are_batched(
     tied_folder: Path, rollouts: list[Rollout], expected: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "_LOGITS_AT_ONCE", 7 * VOCABULARY)
+    monkeypatch.setattr(decoding, "LOGITS_AT_ONCE", 7 * VOCABULARY)
     for max_rows in (1, 4):
         engine = EmbeddedEngine("image", tied_folder, max_rows=max_rows)
         assert_scores(engine.score(rollouts, 5, 1.0), rollouts, expected, 1.0)
@@ -95,17 +96,18 @@ def test_scores_do_not_depend_on_how_rollouts_are_batched(
 def test_a_prompt_is_computed_once_for_all_its_rollouts(
     teacher: EmbeddedEngine, rollouts: list[Rollout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed: list[str] = []
-    prefill = EmbeddedEngine._prefill
+    computed: list[int] = []
+    prefill = decoding.prefill
 
-    def counted(self: EmbeddedEngine, prompts: Sequence[Prompt]) -> Any:
-        computed.extend(prompt.uid for prompt in prompts)
-        return prefill(self, prompts)
+    def counted(model: Any, batch: PromptBatch) -> decoding.Rows:
+        computed.append(len(batch.token_ids))
+        return prefill(model, batch)
 
-    monkeypatch.setattr(EmbeddedEngine, "_prefill", counted)
+    monkeypatch.setattr(decoding, "prefill", counted)
     teacher.score(rollouts, 1, 1.0)
+    assert sum(computed) == len({rollout.prompt.uid for rollout in rollouts}) == 5
     teacher.generate([rollouts[0].prompt], Sampling(2, (END,), n=4), seed=0)
-    assert len(computed) == len({rollout.prompt.uid for rollout in rollouts}) + 1
+    assert sum(computed) == 6
 
 
 def test_more_than_the_vocabulary_means_all_of_it(teacher: EmbeddedEngine, rollouts: list[Rollout]) -> None:
@@ -120,7 +122,7 @@ def test_no_top_tokens_are_given_where_none_are_asked_for(teacher: EmbeddedEngin
 
 
 def test_negative_settings_are_refused(teacher: EmbeddedEngine, rollouts: list[Rollout]) -> None:
-    with pytest.raises(ValueError, match="top_k is -1 and temperature 1.0"):
+    with pytest.raises(ValueError, match=r"top_k is -1 and temperature 1\.0"):
         teacher.score(rollouts, -1, 1.0)
 
 
@@ -141,6 +143,7 @@ def test_scores_can_enter_a_training_graph(teacher: EmbeddedEngine, rollouts: li
     score = teacher.score(rollouts[:3], 4, 1.0)[1]
     weight = torch.ones_like(score.top_logprobs, requires_grad=True)
     (weight * score.top_logprobs).sum().backward()
+    assert weight.grad is not None
     assert torch.equal(weight.grad, score.top_logprobs)
     assert score.top_logprobs.untyped_storage().nbytes() == 4 * score.top_logprobs.numel()
 
@@ -166,6 +169,11 @@ def test_pitfall_10_a_blind_teacher_is_an_error(
     blind = replace(rollouts[0], prompt=replace(make_prompt("what?", (2, 4)), images=None))
     with pytest.raises(DataError, match="8 image tokens, but its images make 0 merged patches"):
         teacher.score([rollouts[1], blind], 5, 1.0)
+
+
+def test_responses_of_another_vocabulary_are_refused(teacher: EmbeddedEngine, rollouts: list[Rollout]) -> None:
+    with pytest.raises(DataError, match=r"response to prompt .*: token 151645 is not in the model's vocabulary of 53"):
+        teacher.score([replace(rollouts[0], token_ids=(9, 151645))], 5, 1.0)
 
 
 def test_an_engine_without_weights_does_not_score(tied_folder: Path, rollouts: list[Rollout]) -> None:

@@ -24,7 +24,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def changed(folder: Path) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(9)
-    return {name: tensor + 0.1 * torch.randn(tensor.shape, generator=random) for name, tensor in weights(folder).items()}
+    return {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=random) for name, tensor in weights(folder).items()
+    }
 
 
 def parameters(engine: EmbeddedEngine) -> dict[str, torch.Tensor]:
@@ -145,7 +147,7 @@ def test_a_folder_of_another_model_is_refused(folder: Path, tmp_path: Path) -> N
 def test_a_folder_without_a_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
     for file in ("config.json", "model.safetensors"):
         shutil.copy(folder / file, tmp_path / file)
-    with pytest.raises(WeightsError, match="no tokenizer; expected tokenizer.json"):
+    with pytest.raises(WeightsError, match=r"no tokenizer; expected tokenizer\.json"):
         EmbeddedEngine("text", tmp_path)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -73,8 +74,11 @@ def test_narrowed_choices_agree_with_those_of_transformers() -> None:
 def test_pitfall_06_narrowed_sampling_keeps_full_vocabulary_logprobs() -> None:
     logits = torch.randn(256, 53, generator=torch.Generator().manual_seed(0))
     uniform = random_numbers(0, 256, 1)[:, 0]
-    for change in ({"top_k": 3}, {"top_p": 0.5}, {"top_k": 5, "top_p": 0.7, "temperature": 0.7}):
-        sampling = replace(SAMPLING, **change)
+    for sampling in (
+        replace(SAMPLING, top_k=3),
+        replace(SAMPLING, top_p=0.5),
+        replace(SAMPLING, top_k=5, top_p=0.7, temperature=0.7),
+    ):
         tokens, logprobs = choose(logits, uniform, sampling)
         full = (logits / sampling.temperature).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         torch.testing.assert_close(logprobs, full)
@@ -91,6 +95,7 @@ def test_extreme_random_numbers_never_draw_an_excluded_token() -> None:
     ("setting", "value"),
     [("n", 0), ("max_new_tokens", 0), ("temperature", -0.1), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1)],
 )
-def test_meaningless_settings_are_named(setting: str, value: float) -> None:
+def test_meaningless_settings_are_named(setting: str, value: Any) -> None:
+    changed: dict[str, Any] = {setting: value}
     with pytest.raises(ValueError, match=rf"sampling\.{setting} is {value}, expected"):
-        check_sampling(replace(SAMPLING, **{setting: value}))
+        check_sampling(replace(SAMPLING, **changed))

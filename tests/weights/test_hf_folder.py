@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from copd_megatron.errors import WeightsError
@@ -54,7 +55,9 @@ def test_shards_stay_within_the_limit_and_are_numbered(save_model: Callable[...,
     ]
     assert len(shards) > 2
     for shard in shards:
-        assert sum(tensor.nbytes for tensor in hf.safe_open(shard, "pt").get_tensors().values()) <= limit
+        with safe_open(shard, "pt") as file:
+            assert sum(file.get_tensor(name).nbytes for name in file.keys()) <= limit  # noqa: SIM118
+            assert file.metadata() == {"format": "pt"}
     index = json.loads((tmp_path / "copy" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for _, tensor in HfFolder(base).tensors())
 

@@ -61,17 +61,19 @@ def test_given_weights_are_used(tmp_path: Path) -> None:
     assert HfFolder(tmp_path / "out").tensor("x").tolist() == [2.0, 1.0]
 
 
-def test_result_is_computed_in_float32_and_rounded_once_to_the_format_of_the_base(tmp_path: Path) -> None:
-    base = _folder(tmp_path / "base", x=torch.zeros(1, dtype=torch.bfloat16))
-    one = _folder(tmp_path / "one", x=torch.tensor([1.0]))
-    tiny = _folder(tmp_path / "tiny", x=torch.tensor([2**-8 + 2**-9]))
-    merge_folders([one, one, tiny], tmp_path / "out", base, weights=[0.5, 0.5, 0.0])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_result_is_computed_in_float32_and_rounded_once_to_the_format_of_the_base(
+    tmp_path: Path, stored: torch.dtype
+) -> None:
+    base = _folder(tmp_path / "base", x=torch.zeros(1000, dtype=torch.bfloat16))
+    values = [torch.randn(1000, generator=torch.Generator().manual_seed(seed)).to(stored) for seed in range(3)]
+    inputs = [_folder(tmp_path / str(seed), x=value) for seed, value in enumerate(values)]
+    merge_folders(inputs, tmp_path / "out", base, weights=[0.3, 0.3, 0.4])
     merged = HfFolder(tmp_path / "out").tensor("x")
+    exact = 0.3 * values[0].double() + 0.3 * values[1].double() + 0.4 * values[2].double()
     assert merged.dtype == torch.bfloat16
-    assert merged.item() == 1.0
-    # 1.0 + 2^-8 is a tie in bfloat16 and would fall to 1.0 if the terms were rounded first; the 2^-9 lifts it.
-    result = linear([torch.tensor([1.0]), torch.tensor([2**-8]), torch.tensor([2**-9])], [1, 1, 1], torch.bfloat16)
-    assert result.item() == 1.0 + 2**-7
+    half_step = torch.exp2(exact.abs().log2().floor() - 8)
+    assert ((merged.double() - exact).abs() <= half_step + 1e-6).all()
 
 
 @given(

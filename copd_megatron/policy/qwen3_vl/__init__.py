@@ -20,17 +20,18 @@ __all__ = ["Qwen3VLModel", "build_model"]
 
 
 def build_model(
-    source: str | os.PathLike[str] | Qwen3VLConfig, layout: Layout, precision: Precision
+    source: str | os.PathLike[str] | Qwen3VLConfig, layout: Layout, precision: Precision, recompute: bool = False
 ) -> list[Qwen3VLModel]:
     """This process's part of the model, randomly initialised, on its device: a list of one model chunk.
 
     `source` is a Hugging Face folder (only its config.json is read) or a configuration. `layout.initialize(layout)` must
-    have been called. Weights come from `copd_megatron.weights.mapping.to_megatron`.
+    have been called. `recompute` trades time for memory: layers are computed again in the backward pass. Weights come
+    from `copd_megatron.weights.mapping.to_megatron`.
     """
     from megatron.core import parallel_state
 
     model = Qwen3VLModel(
-        settings(load_config(source), layout, precision),
+        settings(load_config(source), layout, precision, recompute),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )

@@ -75,12 +75,17 @@ def load_config(source: str | os.PathLike[str] | Qwen3VLConfig) -> Qwen3VLConfig
     return config
 
 
-def settings(hf: Qwen3VLConfig, layout: Layout, precision: Precision) -> Qwen3VLSettings:
-    """Everything the model is built from. ConfigError if the model or the layout is not supported."""
+def settings(hf: Qwen3VLConfig, layout: Layout, precision: Precision, recompute: bool = False) -> Qwen3VLSettings:
+    """Everything the model is built from; `recompute` keeps only the layers' inputs for the backward pass.
+
+    ConfigError if the model or the layout is not supported.
+    """
     text, vision = hf.text_config, hf.vision_config
     rope = text.rope_parameters
     if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"text_config.rope_parameters: rope_type {rope['rope_type']!r} is not supported, only 'default'")
+        raise ConfigError(
+            f"text_config.rope_parameters: rope_type {rope['rope_type']!r} is not supported, only 'default'"
+        )
     if text.attention_bias:
         raise ConfigError("text_config.attention_bias is true; a Qwen3-VL language model has no attention biases")
     for part, activation in (("text_config", text.hidden_act), ("vision_config", vision.hidden_act)):
@@ -109,6 +114,7 @@ def settings(hf: Qwen3VLConfig, layout: Layout, precision: Precision) -> Qwen3VL
         text_config=_transformer(
             layout,
             precision,
+            recompute,
             num_layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
             ffn_hidden_size=text.intermediate_size,
@@ -119,15 +125,20 @@ def settings(hf: Qwen3VLConfig, layout: Layout, precision: Precision) -> Qwen3VL
             layernorm_epsilon=text.rms_norm_eps,
             gated_linear_unit=True,
             activation_func=ACTIVATIONS[text.hidden_act],
+            # The layers' own name for "the spec brings the activation": ours is SwiGLU.
+            use_te_activation_func=text.hidden_act == "silu",
             add_bias_linear=False,
             qk_layernorm=True,
             init_method_std=text.initializer_range,
             pipeline_model_parallel_size=layout.pp,
+            # Micro-batches differ in length; the dispatcher is named because its default refuses that, even unused.
             variable_seq_lengths=layout.pp > 1,
+            moe_token_dispatcher_type="alltoall",
         ),
         vision_config=_transformer(
             layout,
             precision,
+            recompute,
             num_layers=vision.depth,
             hidden_size=vision.hidden_size,
             ffn_hidden_size=vision.intermediate_size,
@@ -165,7 +176,7 @@ def _check_division(hf: Qwen3VLConfig, layout: Layout) -> None:
         )
 
 
-def _transformer(layout: Layout, precision: Precision, **model: object) -> TransformerConfig:
+def _transformer(layout: Layout, precision: Precision, recompute: bool, **model: object) -> TransformerConfig:
     """A `TransformerConfig` without dropout and without kernels that only exist for CUDA."""
     dtype = torch_dtype(precision)
     return TransformerConfig(
@@ -183,7 +194,11 @@ def _transformer(layout: Layout, precision: Precision, **model: object) -> Trans
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        cuda_graph_scope=[],
         deallocate_pipeline_outputs=True,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
     )
 
 

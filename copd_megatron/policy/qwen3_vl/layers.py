@@ -15,6 +15,7 @@ from torch import Tensor
 
 from copd_megatron.policy import platform
 from copd_megatron.policy.attention import PackedAttention, PackedTokens
+from copd_megatron.policy.elementwise import RMSNorm, swiglu
 
 
 class DeepStackLayer(TransformerLayer):
@@ -39,11 +40,17 @@ class DeepStackLayer(TransformerLayer):
 
 
 def layer_spec(config: TransformerConfig, layer: type[TransformerLayer] = TransformerLayer) -> ModuleSpec:
-    """The spec of one layer: Transformer Engine's modules on GPU, megatron-core's own elsewhere."""
+    """The spec of one layer: Transformer Engine's modules on GPU, megatron-core's own and ours elsewhere."""
     if platform.has_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     spec.module = layer
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    attention.core_attention = PackedAttention
+    if config.normalization == "RMSNorm" and not platform.has_transformer_engine():
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.use_te_activation_func:
+        mlp.activation_func = swiglu
     return spec

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -37,7 +36,11 @@ class Qwen3VLModel(LanguageModule):
         self.vp_stage = None
         if pre_process:
             self.embedding = LanguageModelEmbedding(
-                self.config, settings.text.padded_vocab_size, max_sequence_length=0, position_embedding_type="none"
+                self.config,
+                settings.text.padded_vocab_size,
+                max_sequence_length=0,
+                position_embedding_type="none",
+                tp_group=self.pg_collection.tp,
             )
             self.vision = VisionTower(settings.vision_config, settings.vision)
         self.decoder = TransformerBlock(
@@ -52,6 +55,7 @@ class Qwen3VLModel(LanguageModule):
                 bias=False,
                 gather_output=True,
                 skip_weight_param_allocation=pre_process and settings.text.tied,
+                tp_group=self.pg_collection.tp,
             )
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
@@ -65,25 +69,25 @@ class Qwen3VLModel(LanguageModule):
 
         Only the positions that predict a response token are projected onto the vocabulary.
         """
-        device = batch.token_ids.device
         hidden, features = self._embed(batch) if self.pre_process else (None, None)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
             context=features,
-            rotary_pos_emb=text_angles(
-                batch.position_ids,
-                self.config.kv_channels,
-                self.settings.text.rope_theta,
-                self.settings.text.mrope_section,
-            ),
-            packed_seq_params=PackedTokens(AttentionPlan.of(batch.segments, device), batch.visual_index),
+            packed_seq_params=self._packed(batch),
         )
         if not self.post_process:
             return hidden
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden.index_select(0, batch.logit_index), weight=weight)
         return logits[:, 0, : self.settings.text.vocab_size]
+
+    def _packed(self, batch: MicroBatch) -> PackedTokens:
+        text = self.settings.text
+        angles = text_angles(batch.position_ids, self.config.kv_channels, text.rope_theta, text.mrope_section)
+        cos, sin = (wave.to(self.config.params_dtype) for wave in (angles.cos(), angles.sin()))
+        plan = AttentionPlan.of(batch.segments, batch.token_ids.device)
+        return PackedTokens(plan, cos, sin, batch.visual_index)
 
     def _embed(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Tokens [T, 1, H] with image tokens in their places, and DeepStack's features."""
@@ -92,4 +96,3 @@ class Qwen3VLModel(LanguageModule):
             return hidden, None
         tokens, features = self.vision(batch.pixel_values, batch.grid_thw)
         return hidden.index_copy(0, batch.visual_index, tokens.unsqueeze(1).to(hidden.dtype)), features
-

@@ -69,15 +69,15 @@ def interleaved_axes(half: int, section: Sequence[int]) -> Tensor:
 
 
 def text_angles(position_ids: Tensor, dim: int, theta: float, section: Sequence[int]) -> Tensor:
-    """Rotary angles float32 [T, 1, 1, dim] for `position_ids` [3, T]; both halves of a head turn alike."""
+    """Rotary angles float32 [T, 1, dim] for `position_ids` [3, T]; both halves of a head turn alike."""
     device = position_ids.device
     positions = position_ids[interleaved_axes(dim // 2, section).to(device)].T
     angles = positions.float() * inverse_frequencies(dim, theta, device)
-    return torch.cat([angles, angles], dim=-1)[:, None, None]
+    return torch.cat([angles, angles], dim=-1)[:, None]
 
 
 def vision_angles(rows: Tensor, columns: Tensor, dim: int, theta: float) -> Tensor:
-    """Rotary angles float32 [patches, 1, 1, dim]: a quarter of a head follows the row, a quarter the column, twice."""
+    """Rotary angles float32 [patches, 1, dim]: a quarter of a head follows the row, a quarter the column, twice."""
     frequencies = inverse_frequencies(dim // 2, theta, rows.device)
     angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=-1)
-    return torch.cat([angles, angles], dim=-1)[:, None, None]
+    return torch.cat([angles, angles], dim=-1)[:, None]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
@@ -52,7 +53,7 @@ class VisionBlock(TransformerBlock):
     """The tower's layers, which also give the states that DeepStack taps."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, angles: Tensor, packed: PackedTokens, taps: tuple[int, ...]
+        self, hidden_states: Tensor, packed: PackedTokens, taps: tuple[int, ...]
     ) -> tuple[Tensor, list[Tensor]]:
         """`hidden_states` [patches, 1, H] after the last layer, and after each of the layers `taps` (from 0)."""
         tapped = []
@@ -60,9 +61,7 @@ class VisionBlock(TransformerBlock):
         for index, layer in enumerate(self.layers):
 
             def run(hidden: Tensor, layer: torch.nn.Module = layer) -> Tensor:
-                output: Tensor = layer(
-                    hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packed
-                )[0]
+                output: Tensor = layer(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)[0]
                 return output
 
             hidden_states = checkpoint(run, False, hidden_states) if recompute else run(hidden_states)
@@ -93,6 +92,7 @@ class PatchMerger(MegatronModule):
             MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()),
             input_size=self.block_features,
             ffn_hidden_size=self.block_features,
+            tp_group=get_tensor_model_parallel_group(),
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -101,6 +101,20 @@ class PatchMerger(MegatronModule):
         joined = self.norm(joined) if self.after_join else self.norm(hidden_states).reshape(joined.shape)
         output, bias = self.mlp(joined)
         return output if bias is None else output + bias
+
+
+class DeepStackMergers(MegatronModule):
+    """One merger per tapped layer (`deepstack_merger_list`), as a module that knows how to save its shards."""
+
+    def __init__(self, config: TransformerConfig, vision: VisionSettings) -> None:
+        super().__init__(config=config)
+        for number in range(len(vision.deepstack_layers)):
+            self.add_module(str(number), PatchMerger(config, vision, after_join=True))
+
+    def forward(self, tapped: list[Tensor]) -> Tensor | None:
+        """States [patches, 1, H of the tower] of all taps to features [taps, merged patches, H], None without taps."""
+        features = [merger(state) for merger, state in zip(self.children(), tapped, strict=True)]
+        return torch.stack(features) if features else None
 
 
 class VisionTower(MegatronModule):
@@ -113,15 +127,12 @@ class VisionTower(MegatronModule):
         self.position_embedding = torch.nn.Embedding(vision.position_grid**2, config.hidden_size)
         self.blocks = VisionBlock(config, layer_spec(config), post_layer_norm=False)
         self.merger = PatchMerger(config, vision, after_join=False)
-        self.deepstack_mergers = torch.nn.ModuleList(
-            PatchMerger(config, vision, after_join=True) for _ in vision.deepstack_layers
-        )
+        self.deepstack_mergers = DeepStackMergers(config, vision)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Image tokens [merged patches, H of the language model] and DeepStack's features, None if it has no taps.
+        """Image tokens [merged patches, H of the language model] and DeepStack's features.
 
-        `pixel_values` [patches, patch features]; `grid_thw` int64 [images, 3]. The features are
-        [taps, merged patches, H].
+        `pixel_values` [patches, patch features]; `grid_thw` int64 [images, 3].
         """
         device = pixel_values.device
         grid = PatchGrid.of(grid_thw, self.vision.merge)
@@ -130,10 +141,10 @@ class VisionTower(MegatronModule):
         sizes = grid_thw.cpu()
         frames = torch.repeat_interleave(sizes[:, 1] * sizes[:, 2], sizes[:, 0])
         nothing = torch.empty(0, dtype=torch.int64)
-        packed = PackedTokens(AttentionPlan.of(Segments(frames, nothing, nothing, causal=False), device))
-        hidden, tapped = self.blocks(hidden.unsqueeze(1), angles, packed, self.vision.deepstack_layers)
-        features = [merger(state) for merger, state in zip(self.deepstack_mergers, tapped, strict=True)]
-        return self.merger(hidden), torch.stack(features) if features else None
+        plan = AttentionPlan.of(Segments(frames, nothing, nothing, causal=False), device)
+        packed = PackedTokens(plan, angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype))
+        hidden, tapped = self.blocks(hidden.unsqueeze(1), packed, self.vision.deepstack_layers)
+        return self.merger(hidden), self.deepstack_mergers(tapped)
 
     def _positions(self, grid: PatchGrid) -> Tensor:
         """The learned square of positions, interpolated to each image's size: [patches, H]."""

@@ -67,7 +67,11 @@ def _write_branch(run: Path, branch: str, index: int, teachers: tuple[str, ...],
                 "count/zero_variance": rng.randrange(9),
                 "count/unparsable": rng.randrange(3),
                 "count/skipped": int(step == 12),
-                **({"opd/kl": drift * 0.8, "opd/delta": -drift * 0.7} if phase == "exchange" else {}),
+                **(
+                    {"opd/kl": drift * 0.8, "opd/delta": -drift * 0.7, f"overlap/{teachers[0]}": 0.1}
+                    if phase == "exchange"
+                    else {}
+                ),
                 **timeline.finish(step),
             },
         )

@@ -1,0 +1,87 @@
+"""Settings of a data source: where the rows are and which field means what."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from copd_megatron.errors import ConfigError
+from copd_megatron.rewards import known
+
+
+class FieldMap(BaseModel):
+    """Names of the fields of a row. A dotted name reaches into a field: `reward_model.ground_truth`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    prompt: str | None = None
+    """The question as a text; `prompt` unless `messages` is given."""
+    messages: str | None = None
+    """The conversation as a list of `{role, content}`, instead of `prompt`; content is a text, or a list of text and
+    image parts. If the assistant has the last word, that is the demonstration."""
+    images: str | None = None
+    """An image or a list of images, null where a row has none: paths relative to the data file's folder, bytes, or
+    the images of a Hugging Face data set. Unset: the data set has no images."""
+    answer: str | None = "answer"
+    """The gold answer, a text or a number. null: the rows have none, as in a supervised cold start."""
+    verifier: str | None = None
+    """The name of the verifier, where rows differ in it; else `verifier` of the source."""
+    response: str | None = None
+    """A demonstration for the supervised cold start."""
+    uid: str | None = None
+    """A name of the row, for messages; unset: file and line."""
+
+    @model_validator(mode="after")
+    def _one_question(self) -> FieldMap:
+        if self.prompt is not None and self.messages is not None:
+            raise ValueError("give either `prompt` or `messages`, not both")
+        return self
+
+
+class SourceSettings(BaseModel):
+    """One data set: a JSONL or Parquet file, or anything that `datasets` opens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    path: str = Field(min_length=1)
+    """A file, a folder, or the name of a data set on the Hugging Face hub."""
+    format: Literal["auto", "jsonl", "parquet", "datasets"] = "auto"
+    """How to read it; `auto` goes by the file name's ending."""
+    name: str | None = None
+    """Configuration of a hub data set, for example `main`."""
+    split: str | None = None
+    """Split of a data set, for example `train` or `train[:1000]`; may be left out if there is only one."""
+    fields: FieldMap = FieldMap()
+    """Which field of a row means what."""
+    verifier: str | None = None
+    """The verifier of all rows, see `copd_megatron.rewards`."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a row that cannot be used: stop and say why, or leave it out and count it."""
+    system_prompt: str | None = None
+    """Put before every conversation that has no system message of its own."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many usable rows."""
+    image_placeholder: str = "<image>"
+    """Where this stands in a text, the row's next image goes; images without a place go before the first user's text.
+    Empty: texts have no placeholders."""
+    max_pixels: int = Field(default=50_000_000, ge=1)
+    """Images with more pixels are refused before they are decoded."""
+
+    @field_validator("verifier")
+    @classmethod
+    def _known_verifier(cls, name: str | None) -> str | None:
+        try:
+            if name is not None:
+                known(name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return name
+
+    @model_validator(mode="after")
+    def _one_verifier(self) -> SourceSettings:
+        if self.verifier is not None and self.fields.verifier is not None:
+            raise ValueError("give either `verifier` or `fields.verifier`, not both")
+        if self.fields.answer is not None and self.verifier is None and self.fields.verifier is None:
+            raise ValueError("answers need a verifier: give `verifier`, or `fields.verifier` if rows differ in it")
+        return self

@@ -1,0 +1,1 @@
+"""How good a model is: problems, accuracies with honest intervals, and the table of models and capabilities."""

@@ -1,0 +1,58 @@
+"""What a model is tested on: one suite per capability, from the mini suite or from a run description."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import get_args
+
+from copd_megatron.config import RunConfig
+from copd_megatron.data.capability import Source, open_capability
+from copd_megatron.data.mini import MiniSource, MiniTask
+from copd_megatron.data.mini.task import Modality
+from copd_megatron.rollout.types import Prompt
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The first `size` examples of `source`, which test `capability`; `group_of` tells kinds of problems apart."""
+
+    capability: str
+    source: Source
+    size: int
+    group_of: Callable[[Prompt], str] | None = None
+
+
+def mini_suites(task: MiniTask, seed: int, problems: int) -> list[Suite]:
+    """The test split of the mini suite in every modality."""
+    return [
+        Suite(modality, MiniSource(task, modality, "test", seed, problems), problems, mini_operation)
+        for modality in get_args(Modality)
+    ]
+
+
+def run_suites(config: RunConfig, seed: int, problems: int) -> list[Suite]:
+    """The test data of a run's branches, without those branches that have none."""
+    suites = []
+    for branch in config.branches:
+        test = open_capability(branch, config.data, seed, problems).test
+        if test is not None:
+            group_of = mini_operation if branch.data.mini is not None else None
+            suites.append(Suite(branch.name, test, min(problems, len(test)), group_of))
+    return suites
+
+
+def describe(config: RunConfig) -> str:
+    """One line on what the run's tests are, for the head of a table."""
+    lines = []
+    if any(branch.data.mini is not None for branch in config.branches):
+        lines.append(config.data.mini.describe())
+    lines += [f"{branch.name}: {branch.data.test.path}" for branch in config.branches if branch.data.test is not None]
+    return "; ".join(lines)
+
+
+def mini_operation(prompt: Prompt) -> str:
+    """The operation a prompt of the mini suite asks for."""
+    found = re.search(r"\b([a-z]{3})(?: \d+)?=", prompt.text)
+    return found[1] if found else "other"

@@ -1,0 +1,166 @@
+"""The passes of the embedded engine: computing prompts, sampling behind them, scoring what is given.
+
+Functions of a transformers `Qwen3VLForConditionalGeneration`, called in inference mode. They call its language model
+and vision tower themselves, since `forward` of the whole model would compute a prompt anew for every rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from copd_megatron.rollout.kv_cache import roomy_cache
+from copd_megatron.rollout.prompt_batch import PromptBatch
+from copd_megatron.rollout.sampling import choose, token_logprobs
+from copd_megatron.rollout.types import Sampling
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, Qwen3VLForConditionalGeneration
+
+LOGITS_AT_ONCE = 2**25
+"""Logits that exist at a time while scoring, in numbers: 128 MiB of float32."""
+
+KEPT_SHARE = 0.75
+"""Finished rows are dropped when no more than this share of the rows is left."""
+
+
+@dataclass
+class Rows:
+    """Sequences in progress: their cache, and what the next token depends on.
+
+    `hidden` [B, H] of the last token; `position` int64 [B] of the next; `mask` bool [B, S] of the cached columns, or
+    None where none is padding.
+    """
+
+    cache: DynamicCache
+    hidden: torch.Tensor
+    position: torch.Tensor
+    mask: torch.Tensor | None
+
+    def select(self, rows: torch.Tensor) -> Rows:
+        """The rows `rows` (repetition allowed), in that order. The cache is changed in place."""
+        self.cache.batch_select_indices(rows)
+        mask = None if self.mask is None else self.mask[rows]
+        return Rows(self.cache, self.hidden[rows], self.position[rows], mask)
+
+
+def prefill(model: Qwen3VLForConditionalGeneration, batch: PromptBatch) -> Rows:
+    """Compute prompts, images included: one row each, ready for the first token of the response."""
+    language = model.model.language_model
+    embeddings = language.embed_tokens(batch.token_ids)
+    visual: dict[str, Any] = {}
+    if batch.pixel_values is not None:
+        tower = model.model.visual
+        features = tower(batch.pixel_values.to(tower.dtype), grid_thw=batch.grid_thw, return_dict=True)
+        is_image = batch.token_ids == model.config.image_token_id
+        embeddings = embeddings.masked_scatter(is_image[..., None], features.pooler_output.to(embeddings))
+        visual = {"visual_pos_masks": is_image, "deepstack_visual_embeds": features.deepstack_features}
+    cache = roomy_cache(len(language.layers))
+    hidden = language(
+        inputs_embeds=embeddings,
+        attention_mask=batch.mask,
+        position_ids=batch.position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        **visual,
+    ).last_hidden_state
+    return Rows(cache, hidden[:, -1], batch.next_position, batch.mask)
+
+
+def sample(
+    model: Qwen3VLForConditionalGeneration, rows: Rows, uniform: torch.Tensor, sampling: Sampling
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sample behind `rows`, each a rollout of its own, until a stop token or `max_new_tokens`.
+
+    `uniform` float64 [B, max_new_tokens] are the random numbers. Returns token ids int64 and logprobs float32
+    [B, max_new_tokens] and lengths int64 [B], on the CPU; what lies behind a row's length has no meaning.
+    """
+    count, steps = uniform.shape
+    tokens = torch.zeros(count, steps, dtype=torch.int64, device=uniform.device)
+    logprobs = torch.zeros(count, steps, device=uniform.device)
+    lengths = torch.full((count,), steps, device=uniform.device)
+    stop = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=uniform.device)
+    place = torch.arange(count, device=uniform.device)
+    going = torch.ones(count, dtype=torch.bool, device=uniform.device)
+    mask = rows.mask
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(count, steps)], dim=1)[:, None, None]
+    columns = rows.cache.get_seq_length()
+    for step in range(steps):
+        chosen, values = choose(model.lm_head(rows.hidden), uniform[place, step], sampling)
+        tokens[place, step] = chosen
+        logprobs[place, step] = values
+        ended = going & torch.isin(chosen, stop)
+        lengths[place[ended]] = step + 1
+        going &= ~ended
+        left = int(going.sum())
+        if left == 0 or step == steps - 1:
+            break
+        # Dropping rows copies the cache of those that stay: worth it once much of the work would be wasted.
+        if left <= KEPT_SHARE * len(going):
+            kept = going.nonzero()[:, 0]
+            rows, place, going, chosen = rows.select(kept), place[kept], going[kept], chosen[kept]
+            mask = None if mask is None else mask[kept]
+        seen = None if mask is None else mask[..., : columns + step + 1]
+        rows.hidden = _extend(model, rows, chosen[:, None], seen)[:, 0]
+    return tokens.cpu(), logprobs.cpu(), lengths.cpu()
+
+
+def score(
+    model: Qwen3VLForConditionalGeneration,
+    rows: Rows,
+    responses: Sequence[Sequence[int]],
+    top_k: int,
+    temperature: float,
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """Per response, one behind each row: its tokens' logprobs [R], the top-k ids [R, K] and their logprobs [R, K]."""
+    device = rows.hidden.device
+    lengths = torch.tensor([len(response) for response in responses])
+    width = int(lengths.max())
+    valid = (torch.arange(width) < lengths[:, None]).to(device)
+    tokens = torch.zeros(len(responses), width, dtype=torch.int64)
+    for row, response in enumerate(responses):
+        tokens[row, : len(response)] = torch.tensor(response, dtype=torch.int64)
+    tokens = tokens.to(device)
+    hidden = rows.hidden[:, None]
+    if width > 1:
+        # Padding on the right needs no mask: causality keeps it from the tokens before it.
+        mask = rows.mask
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(responses), width - 1)], dim=1)
+        hidden = torch.cat([hidden, _extend(model, rows, tokens[:, :-1], mask)], dim=1)
+    hidden, targets = hidden[:, :width][valid], tokens[valid]
+    vocabulary = model.config.text_config.vocab_size
+    logprobs, ids, top = [], [], []
+    at_once = max(1, LOGITS_AT_ONCE // vocabulary)
+    for part, target in zip(hidden.split(at_once), targets.split(at_once), strict=True):
+        distribution = token_logprobs(model.lm_head(part), temperature)
+        best = distribution.topk(min(top_k, vocabulary), dim=-1)
+        logprobs.append(distribution.gather(-1, target[:, None])[:, 0].cpu())
+        ids.append(best.indices.cpu())
+        top.append(best.values.cpu())
+    sizes = lengths.tolist()
+    return torch.cat(logprobs).split(sizes), torch.cat(ids).split(sizes), torch.cat(top).split(sizes)
+
+
+def _extend(
+    model: Qwen3VLForConditionalGeneration, rows: Rows, token_ids: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Hidden states [B, new tokens, H] of `token_ids` int64 [B, new tokens] behind `rows`, which grow by them.
+
+    `mask` covers the cached and the new columns; None if none is padding.
+    """
+    language = model.model.language_model
+    steps = torch.arange(token_ids.shape[1], device=token_ids.device)
+    position_ids = (rows.position[:, None] + steps).expand(3, -1, -1)
+    rows.position = rows.position + token_ids.shape[1]
+    return language(
+        inputs_embeds=language.embed_tokens(token_ids),
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=rows.cache,
+        use_cache=True,
+    ).last_hidden_state

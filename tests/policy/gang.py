@@ -1,0 +1,53 @@
+"""Runs a function in several processes, as torchrun would, and collects what each returns."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+
+def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:
+    """`function(*arguments)` in `world` spawned processes with torchrun's environment; results in order of rank.
+
+    `function` must be importable by name. The first failure fails the gang with that process's traceback.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=_member, args=(queue, rank, world, port, function, arguments)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    try:
+        for _ in range(world):
+            rank, failure, result = queue.get(timeout=timeout)
+            assert failure is None, f"rank {rank} of {world} failed:\n{failure}"
+            results[rank] = pickle.loads(result)
+    finally:
+        for process in processes:
+            process.join(timeout=10 if len(results) == world else 0.1)
+            if process.is_alive():
+                process.kill()
+    return [results[rank] for rank in range(world)]
+
+
+def _member(queue: Any, rank: int, world: int, port: int, function: Callable[..., Any], arguments: tuple[Any]) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    try:
+        result = function(*arguments)
+    except BaseException:
+        queue.put((rank, traceback.format_exc(), None))
+        raise
+    queue.put((rank, None, pickle.dumps(result)))

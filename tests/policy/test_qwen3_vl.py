@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny_qwen3_vl import (
+    Conversation,
+    alone,
+    config,
+    conversation,
+    pack,
+    reference,
+    reference_logits,
+    token_loss,
+)
+
+from copd_megatron.errors import ConfigError, WeightsError
+from copd_megatron.policy.layout import Layout
+from copd_megatron.policy.qwen3_vl import build_model
+from copd_megatron.policy.qwen3_vl.config import load_config, settings
+from copd_megatron.weights.mapping import to_hf, to_megatron
+
+TEXT = [conversation(1, 9, [5, 3])]
+ONE_IMAGE = [conversation(2, 5, [4, 6], [(1, 4, 8)])]
+SEVERAL_SIZES = [
+    conversation(3, 6, [5], [(1, 8, 4)]),
+    conversation(4, 4, [3, 7], [(1, 4, 4)]),
+    conversation(5, 5, [2], [(1, 10, 6)]),
+]
+SEVERAL_IMAGES = [conversation(6, 7, [6, 1, 4], [(1, 4, 8), (1, 2, 2), (1, 6, 4)])]
+MIXED = [*TEXT, *SEVERAL_IMAGES, conversation(7, 12, [1, 8, 2, 5]), *SEVERAL_SIZES]
+
+
+@pytest.fixture(scope="module")
+def layout() -> Iterator[Layout]:
+    with alone() as single:
+        yield single
+
+
+@pytest.mark.parametrize("precision", ["fp32"])
+@pytest.mark.parametrize(("tied", "deepstack"), [(True, (0,)), (False, (0, 1)), (True, ())])
+@pytest.mark.parametrize(
+    "conversations",
+    [TEXT, ONE_IMAGE, SEVERAL_SIZES, SEVERAL_IMAGES, MIXED],
+    ids=["text", "image", "sizes", "images", "mixed"],
+)
+def test_logprobs_equal_transformers(
+    layout: Layout, conversations: list[Conversation], tied: bool, deepstack: tuple[int, ...], precision: str
+) -> None:
+    hf = reference(config(tied, deepstack))
+    model = build_model(hf.config, layout, "fp32")
+    to_megatron(hf.state_dict(), model)
+
+    with torch.no_grad():
+        ours = model[0](pack(conversations)).log_softmax(-1)
+        theirs = reference_logits(hf, conversations).log_softmax(-1)
+
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.3
+    assert (ours - theirs).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_through_shared_prompts_equal_transformers(layout: Layout, recompute: bool) -> None:
+    hf = reference(config(tied=True, deepstack=(0, 1)))
+    model = build_model(hf.config, layout, "fp32", recompute)
+    to_megatron(hf.state_dict(), model)
+    batch = pack(MIXED)
+
+    token_loss(model[0](batch), batch).backward()
+    token_loss(reference_logits(hf, MIXED), batch).backward()
+
+    for parameter in model[0].parameters():
+        parameter.data = parameter.grad
+    wanted = dict(hf.named_parameters())
+    for name, ours in to_hf(model):
+        theirs = wanted.pop(name).grad
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), name
+    assert not wanted
+
+
+def test_bf16_is_as_close_to_fp32_as_transformers(layout: Layout) -> None:
+    hf = reference(config(tied=False))
+    with torch.no_grad():
+        exact = reference_logits(hf, MIXED).log_softmax(-1)
+        model = build_model(hf.config, layout, "bf16")
+        to_megatron(hf.state_dict(), model)
+        logits = model[0](pack(MIXED))
+        theirs = reference_logits(hf.bfloat16(), MIXED).float().log_softmax(-1)
+
+    assert logits.dtype == torch.bfloat16
+    error = (logits.float().log_softmax(-1) - exact).abs().mean()
+    assert error <= 1.2 * (theirs - exact).abs().mean()
+
+
+def test_a_text_batch_leaves_the_vision_tower_alone(layout: Layout) -> None:
+    model = build_model(config(), layout, "fp32")
+    batch = pack(TEXT)
+
+    token_loss(model[0](batch), batch).backward()
+
+    without = {name.partition(".")[0] for name, parameter in model[0].named_parameters() if parameter.grad is None}
+    assert without == {"vision"}
+
+
+@pytest.mark.parametrize(
+    ("degrees", "message"),
+    [
+        ({"world": 3, "tp": 3}, "num_attention_heads = 4"),
+        ({"world": 8, "tp": 8}, "num_attention_heads = 4"),
+        ({"world": 3, "pp": 3}, "num_hidden_layers = 4"),
+    ],
+)
+def test_layouts_that_do_not_divide_the_model_are_refused(degrees: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(config(), Layout(**degrees), "fp32")
+
+
+def test_deepstack_must_fit_the_first_stage() -> None:
+    with pytest.raises(ConfigError, match="DeepStack adds image features after the first 2"):
+        settings(config(deepstack=(0, 1)), Layout(world=4, pp=4), "fp32")
+
+
+def test_another_family_is_refused(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+
+    with pytest.raises(WeightsError, match="model_type 'llama'"):
+        load_config(tmp_path)

@@ -1,0 +1,115 @@
+"""The same weights and batches on two processes as on one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gang
+import pytest
+import torch
+from tiny_qwen3_vl import alone, config, conversation, pack, reference, token_loss
+
+from copd_megatron.policy import layout as process_layout
+from copd_megatron.policy.layout import Layout
+from copd_megatron.policy.packed import MicroBatch
+from copd_megatron.policy.qwen3_vl import build_model
+from copd_megatron.weights.mapping import to_hf, to_megatron
+
+Result = dict[str, dict[str, torch.Tensor]]
+
+BATCHES = [
+    [conversation(2, 5, [4, 6], [(1, 4, 8)]), conversation(1, 9, [5, 3])],
+    [conversation(6, 7, [6, 1], [(1, 4, 8), (1, 2, 2)])],
+    [conversation(7, 12, [1, 8, 2, 5])],
+]
+
+
+def forward_and_backward(layout: Layout, tied: bool, checkpoint: str | None = None) -> Result:
+    """Logits and Hugging Face named weights and gradients, on the leader; logits from the last stage."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    hf = reference(config(tied, (0, 1), vocab=53))
+    model = build_model(hf.config, layout, "fp32")
+    to_megatron(hf.state_dict(), model)
+    wrapped = DistributedDataParallel(model[0].config, DistributedDataParallelConfig(), model[0])
+    wrapped.zero_grad_buffer()
+    model[0].config.finalize_model_grads_func = finalize_model_grads
+    logits: dict[str, torch.Tensor] = {}
+
+    def step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        batch = next(batches)
+
+        def loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            logits[str(len(logits))] = output.detach()
+            return token_loss(output, batch), {}
+
+        return chunk(batch), loss
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter([pack(batch) for batch in BATCHES]),
+        model=wrapped,
+        num_microbatches=len(BATCHES),
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    weights = {name: tensor.clone() for name, tensor in to_hf([wrapped])}
+    if checkpoint is not None:
+        dist_checkpointing.save(model[0].sharded_state_dict(), checkpoint)
+    for parameter in model[0].parameters():
+        parameter.data = parameter.main_grad
+    return {"logits": logits, "weights": weights, "gradients": dict(to_hf(model))}
+
+
+def in_gang(layout: Layout, tied: bool, checkpoint: str | None = None) -> Result:
+    process_layout.initialize(layout)
+    result = forward_and_backward(layout, tied, checkpoint)
+    assert bool(result["weights"]) == process_layout.is_replica_leader()
+    assert bool(result["logits"]) == process_layout.is_last_stage()
+    assert process_layout.broadcast_in_replica("mine" if process_layout.is_replica_leader() else None) == "mine"
+    process_layout.shutdown()
+    return result
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[bool, Result]:
+    with alone() as layout:
+        return {tied: forward_and_backward(layout, tied) for tied in (True, False)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("degrees", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
+def test_two_processes_compute_what_one_does(
+    single: dict[bool, Result], degrees: dict[str, int], tied: bool, tmp_path: Path
+) -> None:
+    first, second = gang.run(2, in_gang, Layout(world=2, **degrees), tied, str(tmp_path))
+
+    one = single[tied]
+    logits = second["logits"]
+    assert logits.keys() == one["logits"].keys()
+    for number, expected in one["logits"].items():
+        assert (logits[number] - expected).abs().max() <= 1e-5
+    weights = reference(config(tied, (0, 1))).state_dict()
+    if tied:
+        del weights["lm_head.weight"]
+    assert first["weights"].keys() == weights.keys()
+    for name, expected in weights.items():
+        assert torch.equal(first["weights"][name], expected), name
+    assert first["gradients"].keys() == weights.keys()
+    for name, expected in one["gradients"].items():
+        assert (first["gradients"][name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+    with alone() as layout:
+        from megatron.core import dist_checkpointing
+
+        model = build_model(config(tied, (0, 1)), layout, "fp32")
+        state = dist_checkpointing.load(model[0].sharded_state_dict(), str(tmp_path))
+        model[0].load_state_dict(state)
+        for name, tensor in to_hf(model):
+            assert torch.equal(tensor, weights[name]), name

@@ -1,0 +1,135 @@
+"""Hugging Face folder to Megatron checkpoint and back gives every byte again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from copd_megatron.errors import WeightsError
+from copd_megatron.policy.layout import Layout, initialize, shutdown
+from copd_megatron.policy.qwen3_vl import build_model
+from copd_megatron.weights import mapping
+from copd_megatron.weights.convert import to_hf, to_megatron
+from copd_megatron.weights.hf import HfFolder, write_folder
+
+from megatron.core import dist_checkpointing  # isort: skip - after copd_megatron.policy, which prepares the platform
+from megatron.core.dist_checkpointing import ShardedTensor  # isort: skip
+
+
+def _content(folder: Path) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
+    return {
+        name: (tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, tensor in HfFolder(folder).tensors()
+    }
+
+
+@pytest.fixture
+def checkpoint(save_model: Callable[..., Path], tmp_path: Path) -> Path:
+    to_megatron(save_model(0), tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_bit_exact(save_model: Callable[..., Path], tmp_path: Path, dtype: torch.dtype) -> None:
+    base = save_model(0, dtype)
+    to_megatron(base, tmp_path / "checkpoint")
+    to_hf(tmp_path / "checkpoint", tmp_path / "again", max_shard_bytes=20_000)
+    assert _content(tmp_path / "again") == _content(base)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "again" / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_any_other_base_of_the_same_shape_can_give_the_form(
+    checkpoint: Path, save_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = save_model(1)
+    (other / "chat_template.jinja").write_text("another")
+    to_hf(checkpoint, tmp_path / "again", base=other)
+    assert _content(tmp_path / "again") == _content(tmp_path / "model0")
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "another"
+
+
+def test_a_training_checkpoint_gives_its_model(save_model: Callable[..., Path], tmp_path: Path) -> None:
+    base, checkpoint = save_model(0), tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    initialize(Layout())
+    models = build_model(base, Layout(), "fp32")
+    mapping.to_megatron(dict(HfFolder(base).tensors()), models)
+    moments = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg", torch.ones(8))
+    state = {"model": models[0].sharded_state_dict(), "optimizer": {"moments": moments}, "step": 3}
+    dist_checkpointing.save(state, str(checkpoint))
+    shutdown()
+    to_hf(checkpoint, tmp_path / "again", base=base)
+    assert _content(tmp_path / "again") == _content(base)
+
+
+def test_output_with_content_is_refused_before_work_is_done(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("copd_megatron.weights.convert.build_model")
+    with pytest.raises(WeightsError, match="is not empty"):
+        to_hf(checkpoint, tmp_path / "model0")
+
+
+def test_checkpoint_is_overwritten_only_if_allowed(checkpoint: Path, save_model: Callable[..., Path]) -> None:
+    newer = save_model(1)
+    with pytest.raises(WeightsError, match="is not empty"):
+        to_megatron(newer, checkpoint)
+    to_megatron(newer, checkpoint, overwrite=True)
+    to_hf(checkpoint, checkpoint.with_name("again"))
+    assert _content(checkpoint.with_name("again")) == _content(newer)
+
+
+@pytest.mark.parametrize("formats", [(torch.float16, torch.float16), (torch.float32, torch.bfloat16)])
+def test_formats_that_would_not_come_back_are_refused(
+    save_model: Callable[..., Path], tmp_path: Path, formats: tuple[torch.dtype, torch.dtype]
+) -> None:
+    base = save_model(0)
+    tensors = [(name, tensor.to(formats[i % 2])) for i, (name, tensor) in enumerate(HfFolder(base).tensors())]
+    write_folder(tmp_path / "other", tensors, base)
+    with pytest.raises(WeightsError, match="expected all of them to be"):
+        to_megatron(tmp_path / "other", tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_weights_of_another_model_are_refused(save_model: Callable[..., Path], tmp_path: Path) -> None:
+    base = save_model(0)
+    kept = [pair for pair in HfFolder(base).tensors() if "layers.1.mlp.down_proj" not in pair[0]]
+    write_folder(tmp_path / "other", kept, base)
+    with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.down_proj"):
+        to_megatron(tmp_path / "other", tmp_path / "checkpoint")
+    assert sorted(os.listdir(tmp_path)) == ["model0", "other"]
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, save_model: Callable[..., Path]) -> None:
+    with pytest.raises(WeightsError, match="not a complete Megatron checkpoint"):
+        to_hf(save_model(0), tmp_path / "out")
+
+
+def test_checkpoint_without_hugging_face_files_needs_a_base(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "hf").rename(tmp_path / "form")
+    with pytest.raises(WeightsError, match="has no hf/ folder"):
+        to_hf(checkpoint, tmp_path / "out")
+    to_hf(checkpoint, tmp_path / "out", base=tmp_path / "form")
+    assert _content(tmp_path / "out") == _content(tmp_path / "model0")
+
+
+def test_damaged_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    for part in checkpoint.glob("*.distcp"):
+        part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(WeightsError, match="checkpoint: cannot be read"):
+        to_hf(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_base_of_another_size_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "hf" / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 64
+    (checkpoint / "hf" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"not of the model that config\.json describes"):
+        to_hf(checkpoint, tmp_path / "out")
