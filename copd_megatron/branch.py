@@ -236,13 +236,16 @@ class Branch:
         if self._spokesman is not None:
             self._spokesman.say(state="checkpoint")
             self._spokesman.sync()
-        state = {"step": self.version, "streams": streams, "seed": self.config.seed}
-        checkpoint.save(self._policy, self._folder.checkpoints(self.own), self.version, state)
-        checkpoint.prune(self._folder.checkpoints(self.own), self.config.checkpoint.keep)
+        root = self._folder.checkpoints(self.own)
+        checkpoint.save(self._policy, checkpoint.step_folder(root, self.version), {"streams": streams})
+        checkpoint.prune(root, self.config.checkpoint.keep)
+        if self._spokesman is not None:
+            self._spokesman.say(event=f"checkpoint at step {self.version}")
 
     # ------------------------------------------------------------------ numbers
 
     def _note_rollouts(self, native: Sequence[Rollout], cross: Mapping[str, Sequence[Rollout]], flat: int) -> None:
+        assert self._actor is not None
         rewards = [rollout.reward or 0.0 for rollout in native]
         mean = sum(rewards) / len(rewards)
         everything = [*native, *(rollout for scored in cross.values() for rollout in scored)]
@@ -255,6 +258,7 @@ class Branch:
             "count/groups": len(native) // self.config.rl.group,
             "count/zero_variance": flat,
             "count/truncated": cut,
+            "count/refused": sum(stream.newly_refused() for stream in self._actor.streams.values()),
         }
 
     def _write(self, trained: dict[str, float]) -> None:
@@ -262,6 +266,7 @@ class Branch:
             return
         seconds = time.perf_counter() - self._began
         values = {self._named(key): value for key, value in trained.items()} | self._notes
+        values["count/skipped"] = int(values.pop("skipped"))
         values["tokens_per_second"] = values.get("tokens", 0) / seconds
         values |= self._spokesman.timeline.finish(self.version)
         self._spokesman.write(self.version, self._step.cycle, self._step.phase, values)

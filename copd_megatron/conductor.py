@@ -21,6 +21,7 @@ from copd_megatron.errors import CopdError, Interrupted
 from copd_megatron.evaluate.final import evaluate_run
 from copd_megatron.exchange import Supervision, serve
 from copd_megatron.gang import Gang
+from copd_megatron.observe.environment import record_environment
 from copd_megatron.observe.metrics import merge_metrics
 from copd_megatron.observe.pace import RunPlan
 from copd_megatron.observe.progress import Progress
@@ -40,6 +41,7 @@ def run(config: RunConfig, console: Console) -> None:
     folder.open(config)
     names = [branch.name for branch in config.branches]
     with _log_file(folder.log):
+        record_environment(folder.path)
         if not all((folder.final(name) / "config.json").exists() for name in names):
             _train(config, folder, names, console)
         if not folder.merged.exists():

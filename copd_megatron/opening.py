@@ -42,7 +42,7 @@ def open_branch(run: str, name: str, store: str, resume: int) -> Branch:
     policy = Policy(
         config.base, degrees, config.optimizer, config.precision.params, config.precision.max_tokens_per_microbatch
     )
-    state = checkpoint.load(policy, checkpoint.folder(folder.checkpoints(name), resume)) if resume else None
+    state = checkpoint.load(policy, checkpoint.step_folder(folder.checkpoints(name), resume)) if resume else None
     actor = probe = spokesman = None
     if layout.is_replica_leader():
         actor, probe = _open_actor(config, name)

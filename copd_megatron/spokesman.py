@@ -34,6 +34,7 @@ class Spokesman:
 
     def begin(self, step: Step) -> bool:
         """Announce an update; False if the run is to stop before it."""
+        self.timeline.begin()
         self.say(step=step.number, cycle=step.cycle, phase=step.phase, phase_step=step.index, phase_steps=step.length)
         return self._exchange.begin(step.number)
 

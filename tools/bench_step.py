@@ -102,6 +102,7 @@ def our_half(model: Path, prompts: Sequence[str], steps: int, tokens: int) -> di
         for name, step_of in (("grpo", grpo), ("opd", opd)):
             times = []
             for step in range(steps):
+                timeline.begin()
                 step_of(step + 1)
                 times.append(timeline.finish(step))
             result[name] = [seconds["time/step"] for seconds in times]

@@ -144,13 +144,11 @@ def _with_images(messages: list[dict[str, Any]], images: int, settings: SourceSe
     """The messages with one image part per image."""
     mark = settings.image_placeholder
     placed = [
-        {
-            **message,
-            "content": _split(message["content"], mark) if message["role"] != "assistant" else message["content"],
-        }
+        message if message["role"] == "assistant" else {**message, "content": _split(message["content"], mark)}
         for message in messages
     ]
-    places = sum(part["type"] == "image" for message in placed for part in message["content"] if isinstance(part, dict))
+    parts = [part for message in placed if isinstance(message["content"], list) for part in message["content"]]
+    places = sum(part["type"] == "image" for part in parts)
     if places == 0 and images:
         first = next((message for message in placed if message["role"] == "user"), None)
         if first is None:

@@ -25,6 +25,7 @@ class PromptStream:
         self._sampler = sampler
         self._skip = skip
         self.refused: Counter[str] = Counter()
+        self._told = 0
 
     def draw(self, count: int) -> list[Prompt]:
         """The next `count` prompts."""
@@ -43,6 +44,11 @@ class PromptStream:
                 raise DataError(f"{self._capability.name}: no usable prompt in a whole epoch: {dict(self.refused)}")
         return prompts
 
+    def newly_refused(self) -> int:
+        """Prompts refused since the last call."""
+        told, self._told = self._told, self.refused.total()
+        return self._told - told
+
     def state_dict(self) -> dict[str, Any]:
         """Position in the data and what was refused so far."""
         return {"sampler": self._sampler.state_dict(), "refused": dict(self.refused)}
@@ -51,3 +57,4 @@ class PromptStream:
         """Go on from a saved position."""
         self._sampler.load_state_dict(state["sampler"])
         self.refused = Counter(state["refused"])
+        self._told = self.refused.total()

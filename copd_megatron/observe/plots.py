@@ -10,7 +10,7 @@ from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from copd_megatron.observe.plot_style import (
     LINES,
@@ -221,6 +221,7 @@ def _draw_panel(axis: Axes, record: RunRecord, panel: Panel, curves: Sequence[_C
         marker = curve.marker or ("o" if len(series.steps) == 1 else None)
         axis.plot(*_with_gaps(series), curve.line, color=curve.colour, marker=marker, label=curve.label)
     axis.set_ylabel(panel.label.replace("{k}", str(record.setting("log", "overlap_k") or "k")))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if panel.share:
         axis.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
     if panel.from_zero:

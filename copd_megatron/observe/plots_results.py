@@ -20,6 +20,7 @@ ACTIVITY_COLOURS = {
     "sync": "#E69F00",
     "wait": "#B8BDC4",
     "other": "#E9EBEE",
+    "between steps": "#CC79A7",
 }
 HATCHES = ("", "///", "...", "xxx")
 
@@ -109,13 +110,17 @@ def draw_time_split(record: RunRecord) -> Figure | None:
 
 
 def time_split(record: RunRecord, branch: str, phase: str) -> dict[str, float]:
-    """Mean seconds per step of each activity, and "other" for what none of them covers; empty if not recorded."""
-    found = {activity: record.series(branch, f"time/{activity}", phase).finite for activity in (*ACTIVITIES, "step")}
+    """Mean seconds per step of each activity, of what none of them covers ("other"), and of what came before the step
+    ("between steps"); empty if not recorded."""
+    keys = (*ACTIVITIES, "step", "between")
+    found = {key: record.series(branch, f"time/{key}", phase).finite for key in keys}
     means = {activity: sum(values) / len(values) for activity, values in found.items() if values}
-    whole = means.pop("step", 0.0)
+    whole, between = means.pop("step", 0.0), means.pop("between", 0.0)
     covered = sum(means.values())
     if means and whole > 1.005 * covered:
         means["other"] = whole - covered
+    if between > 0.005 * whole:
+        means["between steps"] = between
     return means
 
 

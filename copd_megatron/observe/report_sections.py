@@ -79,7 +79,7 @@ def one_run(record: RunRecord, plots: Plots) -> list[Section]:
         Section(
             "time",
             "Where the time goes",
-            "Mean of all steps of a phase; “other” is what no activity covers.",
+            "Mean of all steps of a phase. “Other” is the rest of the step; between steps lie probes and checkpoints.",
             plots.keep("time", draw_time_split(record)),
             missing="not recorded: time/*",
         ),

@@ -29,6 +29,7 @@ class Stretch:
 class Timeline:
     """Collects one process's activities, step by step.
 
+        timeline.begin()
         with timeline.span("rollout"):
             ...
         metrics.write(step, cycle, phase, **timeline.finish(step))
@@ -51,7 +52,16 @@ class Timeline:
         self._epoch = time.time() - clock()
         self._open: list[Activity] = []
         self._since = 0.0
+        self._began: float | None = None
+        self._finished: float | None = None
+        self._between = 0.0
         self._stretches: list[Stretch] = []
+
+    def begin(self) -> None:
+        """Start a step. The time since the last `finish` (probes, checkpoints) is none of its activities."""
+        self._began = self._now()
+        self._between = 0.0 if self._finished is None else self._began - self._finished
+        self._stretches = []
 
     @contextmanager
     def span(self, activity: Activity) -> Iterator[None]:
@@ -71,8 +81,8 @@ class Timeline:
     def finish(self, step: int) -> dict[str, float]:
         """End the step that made update number `step`.
 
-        Returns seconds: `time/<activity>` for every activity, and `time/step` from the first activity's start to the
-        last one's end. Raises ValueError inside a span.
+        Returns seconds: `time/<activity>` for every activity, `time/step` since `begin` (without one, since the
+        first activity), and `time/between` from the step before until `begin`. Raises ValueError inside a span.
         """
         if self._open:
             raise ValueError(f"step {step} cannot be finished inside the span {self._open[-1]!r}")
@@ -80,7 +90,11 @@ class Timeline:
         seconds = {f"time/{activity}": 0.0 for activity in ACTIVITIES}
         for stretch in stretches:
             seconds[f"time/{stretch.activity}"] += stretch.end - stretch.start
-        seconds["time/step"] = stretches[-1].end - stretches[0].start if stretches else 0.0
+        self._finished = self._now()
+        first = stretches[0].start if stretches else self._finished
+        seconds["time/step"] = self._finished - (first if self._began is None else self._began)
+        seconds["time/between"] = self._between
+        self._began, self._between = None, 0.0
         if self._lines is not None:
             spans = [[stretch.activity, round(stretch.start, 4), round(stretch.end, 4)] for stretch in stretches]
             self._lines.append({"step": step, "spans": spans})
@@ -96,8 +110,11 @@ class Timeline:
         if self._lines is not None:
             self._lines.close()
 
+    def _now(self) -> float:
+        return self._epoch + self._clock()
+
     def _close_stretch(self) -> None:
-        now = self._epoch + self._clock()
+        now = self._now()
         if self._open and now > self._since:
             self._stretches.append(Stretch(self._open[-1], self._since, now))
         self._since = now

@@ -28,16 +28,25 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from copd_megatron.errors import CopdError
 from copd_megatron.files import checksum, sync_folder, write_atomic
+from copd_megatron.policy import platform
 from copd_megatron.policy.trainer import Policy
 
-# isort: split
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, is_main_replica
-from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
+platform.prepare()
+
+from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing.core import (  # noqa: E402
+    CheckpointingConfig,
+    CheckpointingException,
+    save_config,
+)
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, is_main_replica  # noqa: E402
+from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy  # noqa: E402
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.torch import (  # noqa: E402
+    MCoreSavePlanner,
+    mcore_to_pyt_state_dict,
+)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -62,22 +71,18 @@ def save(policy: Policy, folder: str | os.PathLike[str], state: dict[str, Any]) 
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         _on_first_rank(lambda: _empty(temporary))
-        has_moments = _together(lambda: any(len(part.optimizer.state) for part in policy.optimizer.chained_optimizers))
-        _write_tensors(_sharded_state(policy, any(has_moments), loading=False), temporary)
-        content = {
-            "policy": {"version": policy.version, "skipped_in_a_row": policy.skipped_in_a_row},
-            "optimizer": any(has_moments),
-            "ranks": _together(lambda: state),
-        }
+        has_moments = any(_together(lambda: any(len(part.state) for part in policy.optimizer.chained_optimizers)))
+        _write_tensors(_sharded_state(policy, has_moments, loading=False), temporary)
+        content = {**_description(policy), **_counters(policy), "moments": has_moments, "ranks": _together(lambda: state)}
         _on_first_rank(lambda: write_atomic(temporary / STATE, json.dumps(content, indent=1)))
         files = _checksums(temporary)
         _on_first_rank(lambda: _finish(temporary, target, files))
-    except (OSError, CheckpointException, _Failed) as error:
+    except (_Failed, CheckpointException) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise CopdError(
-            f"{target}: the checkpoint could not be written ({error}); older checkpoints are untouched. Make room or "
-            "choose another run_dir, and start again with the same command"
+            f"{target}: the checkpoint could not be written ({_reason(error)}); older ones are untouched. Make room, or "
+            "choose another run_dir, and start again"
         ) from error
 
 
@@ -85,31 +90,36 @@ def load(policy: Policy, folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Put `policy` into the state it was saved in, and return this rank's `state`. Collective over the gang.
 
     The layout may be another one than at the time of saving, if all ranks had saved the same `state`. Raises CopdError
-    for a checkpoint that is incomplete, damaged or of another model, before `policy` is changed.
+    for a checkpoint that is incomplete, damaged or of another model, before anything is changed.
     """
-    source = Path(folder)
+    source = Path(folder).absolute()
     manifest = read_manifest(source)
     if manifest is None:
-        raise CopdError(f"{source}: not a checkpoint: {MANIFEST} is missing or files are missing or cut short")
-    found = _checksums(source)
-    damaged = [name for name, entry in manifest.items() if found.get(name) != entry]
-    if damaged:
-        raise CopdError(f"{source}: damaged: {', '.join(damaged)} differ from {MANIFEST}; use an older checkpoint")
+        raise CopdError(f"{source}: not a complete checkpoint: {MANIFEST} or a file that it lists is missing or cut short")
+    try:
+        found = _checksums(source)
+    except _Failed as error:
+        raise CopdError(f"{source}: cannot be read ({error})") from error
+    if damaged := [name for name, entry in manifest.items() if found.get(name) != entry]:
+        raise CopdError(f"{source}: {', '.join(damaged)} differ from {MANIFEST}: damaged; use an older checkpoint")
     content = json.loads((source / STATE).read_text())
     state = _own_state(content["ranks"], source)
+    for name, ours in _description(policy).items():
+        if content[name] != ours:
+            raise CopdError(f"{source}: was saved with {name} {content[name]!r}, this run has {ours!r}")
     try:
-        loaded = dist_checkpointing.load(_sharded_state(policy, content["optimizer"], loading=True), str(source))
-    except (KeyError, dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
-        raise CopdError(f"{source}: is of another model or precision than this run's: {error}") from error
+        loaded = dist_checkpointing.load(_sharded_state(policy, content["moments"], loading=True), str(source))
+    except (KeyError, CheckpointingException, CheckpointException) as error:
+        raise CopdError(f"{source}: does not fit this run's model: {_reason(error)}") from error
     policy.model.module.load_state_dict(loaded["model"])
-    if content["optimizer"]:
+    if content["moments"]:
         policy.optimizer.load_state_dict(loaded["optimizer"])
-    else:  # saved before the first update
+    else:
         for part in policy.optimizer.chained_optimizers:
-            part.optimizer.state.clear()
+            part.state.clear()
         policy.optimizer.reload_model_params()
-    policy.version = content["policy"]["version"]
-    policy.skipped_in_a_row = content["policy"]["skipped_in_a_row"]
+    policy.version = content["version"]
+    policy.skipped_in_a_row = content["skipped_in_a_row"]
     return state
 
 
@@ -152,7 +162,7 @@ def prune(root: str | os.PathLike[str], keep: int) -> None:
 
 
 class _Failed(Exception):
-    """Another rank, or this one, could not do its part."""
+    """This rank or another one could not do its part."""
 
 
 def _together(work: Callable[[], Value]) -> list[Value]:
@@ -160,8 +170,8 @@ def _together(work: Callable[[], Value]) -> list[Value]:
     outcome: tuple[Value | None, str | None]
     try:
         outcome = (work(), None)
-    except OSError as error:
-        outcome = (None, str(error))
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        outcome = (None, str(error) or type(error).__name__)
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, outcome)
     if failed := [reason for _, reason in outcomes if reason is not None]:
@@ -169,15 +179,32 @@ def _together(work: Callable[[], Value]) -> list[Value]:
     return [value for value, _ in outcomes]
 
 
+def _reason(error: Exception) -> str:
+    """What went wrong, without the stacks that torch adds."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(sorted({str(failure) for failure, _ in error.failures.values()}))
+    return str(error)
+
+
 def _on_first_rank(work: Callable[[], object]) -> None:
     _together(lambda: work() if dist.get_rank() == 0 else None)
 
 
-def _sharded_state(policy: Policy, optimizer: bool, loading: bool) -> dict[str, Any]:
-    """What dist_checkpointing saves or loads: model and, if it has any, optimizer state."""
+def _description(policy: Policy) -> dict[str, Any]:
+    """What must be the same when a checkpoint is loaded, under names for messages."""
+    (precision,) = {str(parameter.dtype).removeprefix("torch.") for parameter in policy.model.module.parameters()}
+    return {"precision": precision, "optimizer.distributed": policy.settings.distributed}
+
+
+def _counters(policy: Policy) -> dict[str, int]:
+    return {"version": policy.version, "skipped_in_a_row": policy.skipped_in_a_row}
+
+
+def _sharded_state(policy: Policy, moments: bool, loading: bool) -> dict[str, Any]:
+    """What dist_checkpointing saves or loads: the model and, once there has been an update, Adam's moments."""
     model = policy.model.module.sharded_state_dict(metadata=SHARDING)
     state = {"model": model}
-    if optimizer:
+    if moments:
         state["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=SHARDING)
     return state
 

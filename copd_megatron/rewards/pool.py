@@ -144,7 +144,7 @@ class RewardPool:
 
     def _started(self, names: set[str]) -> ProcessPool:
         """The running pool, with `names` loaded."""
-        if self._pool is not None and self._pool.active and names <= self._names:
+        if self._pool is not None and names <= self._names:
             return self._pool
         for name in names:
             known(name)

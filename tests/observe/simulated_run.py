@@ -43,13 +43,15 @@ def _write_branch(run: Path, branch: str, index: int, teachers: tuple[str, ...],
         cycle, place = divmod(step - 1, 25)
         phase = "explore" if place < 15 else "exchange"
         drift = drift + 0.02 if phase == "explore" else drift * 0.85 + 0.005
+        clock.now += 0.1 if step % 5 == 1 else 0.0
+        timeline.begin()
         seconds = {"rollout": 0.14, "score": 0.06 if phase == "exchange" else 0.0, "train": 0.11, "sync": 0.02}
         for activity, length in seconds.items():
             if length:
                 with timeline.span(activity):  # type: ignore[arg-type]
                     clock.now += length * rng.uniform(0.8, 1.3)
         with timeline.span("wait"):
-            clock.now = max(clock.now, 0.45 * step + rng.uniform(0, 0.02))
+            clock.now = max(clock.now, 0.5 * step + rng.uniform(0, 0.02))
         writer.write(
             step,
             cycle,

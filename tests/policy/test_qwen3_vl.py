@@ -38,7 +38,6 @@ def layout() -> Iterator[Layout]:
         yield single
 
 
-@pytest.mark.parametrize("precision", ["fp32"])
 @pytest.mark.parametrize(("tied", "deepstack"), [(True, (0,)), (False, (0, 1)), (True, ())])
 @pytest.mark.parametrize(
     "conversations",
@@ -46,7 +45,7 @@ def layout() -> Iterator[Layout]:
     ids=["text", "image", "sizes", "images", "mixed"],
 )
 def test_logprobs_equal_transformers(
-    layout: Layout, conversations: list[Conversation], tied: bool, deepstack: tuple[int, ...], precision: str
+    layout: Layout, conversations: list[Conversation], tied: bool, deepstack: tuple[int, ...]
 ) -> None:
     hf = reference(config(tied, deepstack))
     model = build_model(hf.config, layout, "fp32")
