@@ -101,7 +101,7 @@ def partition_kl(
     are all there are. Without the bucket this does not hold (docs/method.md, pitfalls 2, 3 and 4).
     """
     student = with_tail(widen(student_top_logprobs))
-    teacher = with_tail(widen(teacher_top_logprobs).clamp(min=LOGPROB_FLOOR))
+    teacher = with_tail(widen(teacher_top_logprobs))
     return divergence(student, teacher, kind, jsd_beta)
 
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from copd_megatron.policy.elementwise import rotate
@@ -102,9 +100,9 @@ class AttentionPlan:
             nonlocal slots
             unpack[queries.token[queries.real]] = slots + queries.real.flatten().nonzero().flatten()
             slots += queries.real.numel()
-            where = (_slice_or_index(tokens.flatten(), device) for tokens in (queries.token, keys))
+            asks, answers = (_slice_or_index(tokens.flatten(), device) for tokens in (queries.token, keys))
             mask = None if mask is None else mask[:, None].to(device)
-            calls.append(Attend(len(queries.token), *where, mask, causal))
+            calls.append(Attend(len(queries.token), asks, answers, mask, causal))
 
         for rows in _similar(segments.prompt_lengths):
             own = Rows.of(prompts[rows], segments.prompt_lengths[rows])
@@ -150,11 +148,12 @@ class PackedTokens:
     qkv_format: str = "packed"
 
 
-class PackedAttention(MegatronModule):
+class PackedAttention(torch.nn.Module):
     """Rotary positions and core attention (softmax of scaled scores times values) of packed tokens; no parameters."""
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
-        super().__init__(config=config)
+    def __init__(self, softmax_scale: float | None = None, **_: Any) -> None:
+        """Of what layers give to their core attention only the scale is needed (None: dim ** -0.5)."""
+        super().__init__()
         self.softmax_scale = softmax_scale
 
     def forward(

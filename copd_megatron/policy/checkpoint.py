@@ -53,6 +53,25 @@ STATE = "state.json"
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Optimizer state that any layout can load; megatron-core's default cannot be loaded without its GPU optimizers."""
 
+MODEL_PARTS = ("text_config", "vision_config")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "depth",
+    "num_heads",
+    "patch_size",
+    "temporal_patch_size",
+    "out_hidden_size",
+    "num_position_embeddings",
+    "deepstack_visual_indexes",
+)
+"""What shapes a model, in its Hugging Face configuration."""
+
 Value = TypeVar("Value")
 
 
@@ -73,7 +92,13 @@ def save(policy: Policy, folder: str | os.PathLike[str], state: dict[str, Any]) 
         _on_first_rank(lambda: _empty(temporary))
         has_moments = any(_together(lambda: any(len(part.state) for part in policy.optimizer.chained_optimizers)))
         _write_tensors(_sharded_state(policy, has_moments, loading=False), temporary)
-        content = {**_description(policy), **_counters(policy), "moments": has_moments, "ranks": _together(lambda: state)}
+        content = {
+            "version": policy.version,
+            "skipped_in_a_row": policy.skipped_in_a_row,
+            "moments": has_moments,
+            "saved_from": _description(policy),
+            "ranks": _together(lambda: state),
+        }
         _on_first_rank(lambda: write_atomic(temporary / STATE, json.dumps(content, indent=1)))
         files = _checksums(temporary)
         _on_first_rank(lambda: _finish(temporary, target, files))
@@ -105,8 +130,8 @@ def load(policy: Policy, folder: str | os.PathLike[str]) -> dict[str, Any]:
     content = json.loads((source / STATE).read_text())
     state = _own_state(content["ranks"], source)
     for name, ours in _description(policy).items():
-        if content[name] != ours:
-            raise CopdError(f"{source}: was saved with {name} {content[name]!r}, this run has {ours!r}")
+        if (theirs := content["saved_from"].get(name)) != ours:
+            raise CopdError(f"{source}: was saved with {name} {theirs!r}, this run has {ours!r}")
     try:
         loaded = dist_checkpointing.load(_sharded_state(policy, content["moments"], loading=True), str(source))
     except (KeyError, CheckpointingException, CheckpointException) as error:
@@ -191,13 +216,11 @@ def _on_first_rank(work: Callable[[], object]) -> None:
 
 
 def _description(policy: Policy) -> dict[str, Any]:
-    """What must be the same when a checkpoint is loaded, under names for messages."""
-    (precision,) = {str(parameter.dtype).removeprefix("torch.") for parameter in policy.model.module.parameters()}
-    return {"precision": precision, "optimizer.distributed": policy.settings.distributed}
-
-
-def _counters(policy: Policy) -> dict[str, int]:
-    return {"version": policy.version, "skipped_in_a_row": policy.skipped_in_a_row}
+    """What must be the same when a checkpoint is loaded, under the names that the user gave it."""
+    config = policy.hf_config.to_dict()
+    sizes = {f"{part}.{key}": config[part][key] for part in MODEL_PARTS for key in SIZES if key in config[part]}
+    precision = str(policy.model.config.params_dtype).removeprefix("torch.")
+    return {"precision": precision, "optimizer.distributed": policy.settings.distributed, **sizes}
 
 
 def _sharded_state(policy: Policy, moments: bool, loading: bool) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def _streams() -> None:
 
 
 def _generator_state() -> None:
-    """Saved and restored around recomputed layers: "Torch not compiled with CUDA enabled". The generator is the CPU's."""
+    """Saved and restored around recomputed layers: "Torch not compiled with CUDA enabled". The CPU's own is meant."""
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]

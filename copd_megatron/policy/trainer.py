@@ -71,6 +71,8 @@ class Policy:
         (model,) = build_model(base, layout, precision)
         mapping.to_megatron(dict(HfFolder(base).tensors()), [model])
         self.hf_config = model.settings.hf
+        self._image_token: int = self.hf_config.image_token_id
+        self._merge: int = self.hf_config.vision_config.spatial_merge_size
         sum_gradients(model.config)
         self.model = DistributedDataParallel(
             model.config,
@@ -156,8 +158,7 @@ class Policy:
     def positions(self, prompt: Prompt) -> torch.Tensor:
         """Position ids int64 [3, S] of a prompt's tokens."""
         grid = None if prompt.images is None else prompt.images.grid_thw
-        merge = self.hf_config.vision_config.spatial_merge_size
-        return prompt_positions(prompt.token_ids, grid, self.hf_config.image_token_id, merge)
+        return prompt_positions(prompt.token_ids, grid, self._image_token, self._merge)
 
     def _pack(
         self,
@@ -169,8 +170,7 @@ class Policy:
         if sequences is None:
             for part in over_replicas(Counter(sample.source for sample in samples)):
                 counts.update(part)
-        image_token = self.hf_config.image_token_id
-        return pack(samples, self._max_tokens, counts, self.positions, image_token, old_logprobs)
+        return pack(samples, self._max_tokens, counts, self.positions, self._image_token, old_logprobs)
 
     def _set_learning_rate(self) -> float:
         rate = learning_rate(self.settings, self.version)

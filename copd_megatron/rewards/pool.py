@@ -149,23 +149,24 @@ class RewardPool:
         for name in names:
             known(name)
         self.close()
-        self._names |= names
+        wanted = sorted(self._names | names)
         pool = ProcessPool(
             max_workers=self._workers,
             initializer=prepare,
-            initargs=(sorted(self._names), self._memory),
+            initargs=(wanted, self._memory),
             context=multiprocessing.get_context("spawn"),
         )
         self._stop = weakref.finalize(self, _stop, pool)
         try:
-            pool.schedule(load, args=(sorted(self._names),)).result(timeout=_START_SECONDS)
-        except ImportError as error:
-            self.close()
-            raise RewardError(f"a verifier among {', '.join(sorted(names))} cannot be loaded: {error}") from error
+            pool.schedule(load, args=(wanted,)).result(timeout=_START_SECONDS)
         except (TimeoutError, RuntimeError, ProcessExpired) as error:
             self.close()
             raise RewardError(f"the reward workers do not start: {type(error).__name__}: {error}") from error
-        self._pool = pool
+        except Exception as error:
+            self.close()
+            named = ", ".join(sorted(names))
+            raise RewardError(f"one of {named} cannot be loaded: {type(error).__name__}: {error}") from error
+        self._pool, self._names = pool, set(wanted)
         return pool
 
 

@@ -123,8 +123,10 @@ def _reading(ckpt_dir: Path) -> Iterator[None]:
     except WeightsError:
         raise
     except (Exception, CheckpointException) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
+        # torch wraps what happened on each rank; here there is one.
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        reason = (str(causes[0]).strip().splitlines() or [""])[0]
         raise WeightsError(
-            f"{ckpt_dir}: cannot be read ({type(error).__name__}: {reason}); it is damaged, or not of the model that "
-            "config.json describes"
+            f"{ckpt_dir}: cannot be read ({type(causes[0]).__name__}: {reason}); "
+            "it is damaged, or not of the model that config.json describes"
         ) from error

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from copd_megatron.errors import WeightsError
+from copd_megatron.policy import platform
 from copd_megatron.weights.families import qwen3_vl
 from copd_megatron.weights.families.row import Row
+
+platform.prepare()
+
+from megatron.core import parallel_state  # noqa: E402
 
 TABLES = {"qwen3_vl": qwen3_vl.table}
 """Families by the name in a model's `family`."""
@@ -38,7 +43,7 @@ def entries(model: nn.Module) -> list[Entry]:
     """The table of the whole model that `model` is, or is a pipeline stage of."""
     bare = _bare(model)
     found = []
-    for section in TABLES[bare.family](bare.settings):  # type: ignore[index,operator]
+    for section in TABLES[bare.family](bare.settings):
         for number in range(section.count):
             for row in section.rows:
                 names = (row.megatron,) if isinstance(row.megatron, str) else row.megatron
@@ -94,7 +99,7 @@ def to_hf(model: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
     exported = [entry for entry in entries(chunk) if entry.row.exported]
     owners = _owners(exported, parameters, stage_group)
     for entry, (owner, shape, dtype) in zip(exported, owners, strict=True):
-        full = None
+        full = torch.empty(0)
         if owner == stage:
             parameter = next(parameters[name] for name in entry.megatron if name in parameters)
             full = _gathered(parameter.detach(), entry.row, tensor_group)
@@ -109,8 +114,8 @@ def to_hf(model: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
             yield from zip(entry.hf, entry.row.joint.split(full), strict=True)
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    """The model inside megatron-core's wrappers."""
+def _bare(model: nn.Module) -> Any:
+    """The model inside megatron-core's wrappers: it has a `family`, its `settings` and a `decoder`."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return model
@@ -119,7 +124,7 @@ def _bare(model: nn.Module) -> nn.Module:
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters under names that count decoder layers over all pipeline stages."""
     bare = _bare(model)
-    first = bare.decoder.layers[0].layer_number - 1  # type: ignore[union-attr,index,operator]
+    first = bare.decoder.layers[0].layer_number - 1
     prefix = "decoder.layers."
     for name, parameter in bare.named_parameters():
         if name.startswith(prefix):
@@ -143,7 +148,7 @@ def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
 
 
 def _local_part(entry: Entry, parts: Sequence[Tensor], parameter: Tensor, rank: int, world: int) -> Tensor:
-    """What this tensor parallel rank keeps of the joined `parts`; WeightsError if that has not the parameter's shape."""
+    """What this tensor parallel rank keeps of the joined `parts`; WeightsError if its shape is not the parameter's."""
     row = entry.row
     try:
         local = row.joint.join(parts)
@@ -162,16 +167,16 @@ def _local_part(entry: Entry, parts: Sequence[Tensor], parameter: Tensor, rank: 
     return local
 
 
-def _gathered(local: Tensor, row: Row, group: dist.ProcessGroup) -> Tensor | None:
-    """The full tensor on the first rank of `group`, None on the others."""
+def _gathered(local: Tensor, row: Row, group: dist.ProcessGroup) -> Tensor:
+    """The full tensor on the first rank of `group`; the others get their own part back."""
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     if row.shard is None or world == 1:
-        return local if rank == 0 else None
+        return local
     local = local.contiguous()
     shards = [torch.empty_like(local) for _ in range(world)] if rank == 0 else None
     dist.gather(local, shards, group=group, group_dst=0)
     if shards is None:
-        return None
+        return local
     by_block = zip(*(shard.chunk(row.blocks, row.shard) for shard in shards), strict=True)
     return torch.cat([part for block in by_block for part in block], row.shard)
 

@@ -265,8 +265,8 @@ def test_pitfall_12_masked_rows_take_part_in_nothing_on_either_side(loss):
 
 
 def test_pitfall_13_groups_without_variance_are_counted_and_give_no_gradient():
-    flat_reward = torch.tensor(0.1)  # the mean of eight of these is not always 0.1 in float32
-    rewards = torch.cat([torch.tensor([0.0, 1.0, 1.0]), flat_reward.expand(3), torch.tensor([0.7, 0.7, 0.7])])
+    """The float32 mean of three rewards of 0.9 is not 0.9: divided by a vanishing spread, the rest would be 0.06."""
+    rewards = torch.tensor([0.0, 1.0, 1.0, 0.9, 0.9, 0.9, 0.7, 0.7, 0.7])
     advantages, flat = group_advantages(rewards, group_size=3)
     assert flat.tolist() == [False, True, True]
     assert advantages[3:].tolist() == [0.0] * 6

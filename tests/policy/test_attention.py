@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
-from copd_megatron.policy import platform
-
-platform.prepare()
-
-from copd_megatron.policy.attention import AttentionPlan, PackedAttention, PackedTokens  # noqa: E402
-from copd_megatron.policy.packed import Segments  # noqa: E402
+from copd_megatron.policy.attention import AttentionPlan, PackedAttention, PackedTokens
+from copd_megatron.policy.packed import Segments
 
 NONE = torch.empty(0, dtype=torch.int64)
 CASES = {
@@ -29,28 +23,16 @@ CASES = {
 }
 
 
-@functools.cache
-def allowed(name: str) -> torch.Tensor:
-    """Who attends to whom, bool [T, T], written token by token from the definition of `Segments`."""
-    segments = CASES[name]
-    owner = [("prompt", index) for index, length in enumerate(segments.prompt_lengths.tolist()) for _ in range(length)]
-    owner += [
-        ("response", index) for index, length in enumerate(segments.response_lengths.tolist()) for _ in range(length)
-    ]
-    mask = torch.zeros(len(owner), len(owner), dtype=torch.bool)
-    for asks, (kind, index) in enumerate(owner):
-        for answers, other in enumerate(owner):
-            same = (kind, index) == other and (answers <= asks or not segments.causal)
-            prefix = kind == "response" and other == ("prompt", int(segments.prompt_of[index]))
-            mask[asks, answers] = same or prefix
-    return mask
-
-
-def attention(scale: float | None = None) -> PackedAttention:
-    core = PackedAttention.__new__(PackedAttention)
-    torch.nn.Module.__init__(core)
-    core.softmax_scale = scale
-    return core
+def allowed(segments: Segments) -> torch.Tensor:
+    """Who attends to whom, bool [T, T], from the definition of `Segments`."""
+    lengths = segments.prompt_lengths, segments.response_lengths
+    index = torch.cat([torch.repeat_interleave(torch.arange(len(each)), each) for each in lengths])
+    answers = torch.arange(segments.tokens) >= segments.prompt_lengths.sum()
+    same = (answers[:, None] == answers) & (index[:, None] == index)
+    if segments.causal:
+        same = same.tril()
+    prompt = torch.where(answers, segments.prompt_of[index * answers] if answers.any() else index, index)
+    return same | (answers[:, None] & ~answers & (prompt[:, None] == index))
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -63,11 +45,11 @@ def test_outputs_and_gradients_equal_a_full_mask(name: str, groups: int) -> None
     grad = torch.randn(segments.tokens, 1, 32, generator=generator)
 
     packed = PackedTokens(AttentionPlan.of(segments, torch.device("cpu")))
-    ours = attention()(*inputs, packed_seq_params=packed)
+    ours = PackedAttention()(*inputs, packed_seq_params=packed)
 
     query, key, value = (tensor.squeeze(1).transpose(0, 1) for tensor in inputs)
     key, value = (tensor.repeat_interleave(4 // groups, dim=0) for tensor in (key, value))
-    scores = (query @ key.transpose(1, 2) / 8**0.5).masked_fill(~allowed(name), float("-inf"))
+    scores = (query @ key.transpose(1, 2) / 8**0.5).masked_fill(~allowed(segments), float("-inf"))
     plain = (scores.softmax(-1) @ value).transpose(0, 1).reshape(-1, 1, 32)
 
     torch.testing.assert_close(ours, plain, rtol=0, atol=2e-6)
@@ -89,8 +71,8 @@ def test_rotary_angles_turn_queries_and_keys_before_they_meet() -> None:
         cos, sin = angles[:, None].cos(), angles[:, None].sin()
         return x * cos + torch.cat([-second, first], dim=-1) * sin
 
-    inside = attention()(query, key, value, packed_seq_params=PackedTokens(plan, angles.cos(), angles.sin()))
-    before = attention()(turned(query), turned(key), value, packed_seq_params=PackedTokens(plan))
+    inside = PackedAttention()(query, key, value, packed_seq_params=PackedTokens(plan, angles.cos(), angles.sin()))
+    before = PackedAttention()(turned(query), turned(key), value, packed_seq_params=PackedTokens(plan))
 
     torch.testing.assert_close(inside, before, rtol=0, atol=2e-6)
 

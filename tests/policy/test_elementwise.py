@@ -9,11 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from copd_megatron.policy import platform
-
-platform.prepare()
-
-from copd_megatron.policy.elementwise import RMSNorm, rotate, swiglu  # noqa: E402
+from copd_megatron.policy.elementwise import RMSNorm, rotate, swiglu
 
 
 def plain_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

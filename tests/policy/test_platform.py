@@ -60,6 +60,7 @@ def test_transformers_still_generates_and_learns() -> None:
     assert model.lm_head.weight.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_importing_the_policy_prints_nothing() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import copd_megatron.policy.qwen3_vl, copd_megatron.weights.mapping"],

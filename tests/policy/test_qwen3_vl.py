@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,8 +123,55 @@ def test_deepstack_must_fit_the_first_stage() -> None:
         settings(config(deepstack=(0, 1)), Layout(world=4, pp=4), "fp32")
 
 
-def test_another_family_is_refused(tmp_path) -> None:
+def test_another_family_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
 
     with pytest.raises(WeightsError, match="model_type 'llama'"):
         load_config(tmp_path)
+
+
+def test_a_published_config_file_is_understood(tmp_path: Path) -> None:
+    """The form in which Qwen3-VL-4B-Instruct is published: rope_theta beside rope_scaling, no rope_parameters."""
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "qwen3_vl",
+                "architectures": ["Qwen3VLForConditionalGeneration"],
+                "tie_word_embeddings": True,
+                "text_config": {
+                    "model_type": "qwen3_vl_text",
+                    "vocab_size": 151936,
+                    "hidden_size": 2560,
+                    "intermediate_size": 9728,
+                    "num_hidden_layers": 36,
+                    "num_attention_heads": 32,
+                    "num_key_value_heads": 8,
+                    "head_dim": 128,
+                    "rope_theta": 5000000,
+                    "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [24, 20, 20]},
+                },
+                "vision_config": {
+                    "model_type": "qwen3_vl",
+                    "depth": 24,
+                    "hidden_size": 1024,
+                    "intermediate_size": 4096,
+                    "num_heads": 16,
+                    "out_hidden_size": 2560,
+                    "deepstack_visual_indexes": [5, 11, 17],
+                },
+            }
+        )
+    )
+
+    found = settings(load_config(tmp_path), Layout(world=8, tp=4, pp=2), "bf16")
+
+    assert (found.text.rope_theta, found.text.mrope_section, found.text.tied) == (5_000_000, (24, 20, 20), True)
+    assert (found.text_config.num_query_groups, found.text_config.kv_channels) == (8, 128)
+    assert found.vision.deepstack_layers == (5, 11, 17)
+    assert (found.vision.position_grid, found.vision.patch_features) == (48, 1536)
+    assert found.vision_config.kv_channels == 64
+    assert found.vision_config.pipeline_model_parallel_size == 1
+
+
+def test_layouts_pad_the_vocabulary_to_a_multiple() -> None:
+    assert settings(config(), Layout(world=2, tp=2), "fp32").text.padded_vocab_size == 54

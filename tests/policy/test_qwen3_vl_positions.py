@@ -7,8 +7,8 @@ import torch
 from tiny_qwen3_vl import END, IMAGE, MERGE, PATCH_FEATURES, START, Conversation, config, conversation, reference
 
 from copd_megatron.errors import DataError
-from copd_megatron.policy.qwen3_vl.config import settings
 from copd_megatron.policy.layout import Layout
+from copd_megatron.policy.qwen3_vl.config import settings
 from copd_megatron.policy.qwen3_vl.rope import continuation_positions, prompt_positions, text_angles
 from copd_megatron.policy.qwen3_vl.vision import PatchGrid
 

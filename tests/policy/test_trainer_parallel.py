@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gang
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from copd_megatron.policy import layout as layouts
@@ -13,7 +15,6 @@ from copd_megatron.policy.layout import Layout
 from tiny_policy import (
     base_folder,
     gradients,
-    in_processes,
     make_samples,
     new_policy,
     toy_loss,
@@ -29,10 +30,11 @@ LAYOUTS = {
 }
 
 
-def make_updates(rank: int, base: Path, out: Path, name: str, distributed: bool) -> None:
-    """One unclipped update, whose gradient is kept, then two more; files are written by the first rank."""
+def make_updates(base: Path, out: Path, name: str, distributed: bool) -> None:
+    """Three unclipped updates; the first one's gradient is kept. Files are written by the first rank."""
     layout = LAYOUTS[name]
     layouts.initialize(layout)
+    rank = torch.distributed.get_rank()
     metrics = []
     policy = new_policy(base, layout, max_tokens=40, clip_grad=0, eps=1e-3, distributed=distributed)
     for step in range(3):
@@ -52,6 +54,7 @@ def make_updates(rank: int, base: Path, out: Path, name: str, distributed: bool)
     if rank == 0:
         save_file(weights, out / f"{name}{distributed}.weights")
         (out / f"{name}{distributed}.json").write_text(json.dumps(metrics))
+    layouts.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +66,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(base: Path) -> Path:
     """What a single process gives."""
     out = base.parent
-    make_updates(0, base, out, "alone", False)
-    layouts.shutdown()
+    make_updates(base, out, "alone", False)
     return out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tensor", "pipeline"])
 def test_divided_model_is_updated_like_a_whole_one(base: Path, alone: Path, tmp_path: Path, name: str) -> None:
-    in_processes(2, make_updates, tmp_path, base, tmp_path, name, False)
+    gang.run(2, make_updates, base, tmp_path, name, False)
     assert worst_difference(load_file(tmp_path / f"{name}.gradients"), load_file(alone / "alone.gradients")) < 1e-4
     weights = load_file(tmp_path / f"{name}False.weights")
     assert worst_difference(weights, load_file(alone / "aloneFalse.weights")) < 1e-3
@@ -81,7 +83,7 @@ def test_divided_model_is_updated_like_a_whole_one(base: Path, alone: Path, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("distributed", [False, True])
 def test_replicas_add_their_samples_up(base: Path, alone: Path, tmp_path: Path, distributed: bool) -> None:
-    in_processes(2, make_updates, tmp_path, base, tmp_path, "data", distributed)
+    gang.run(2, make_updates, base, tmp_path, "data", distributed)
     if not distributed:
         assert worst_difference(load_file(tmp_path / "data.gradients"), load_file(alone / "alone.gradients")) < 1e-4
     same_metrics(tmp_path / f"data{distributed}.json", alone / "aloneFalse.json", steps=2)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing import start_processes
 
 from copd_megatron.data.mini.model import ModelSize, build
-from copd_megatron.policy import layout as layouts
 from copd_megatron.policy.batching import NATIVE, Sample
 from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.optimizer import OptimizerSettings
@@ -113,20 +110,3 @@ def worst_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
     """Largest difference of two tensors of a name, relative to the largest entry of the second."""
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max() / other[name].abs().max().clamp(min=1e-6)) for name in one)
-
-
-def in_processes(world: int, work: Callable[..., None], folder: Path, *arguments: Any) -> None:
-    """Run `work(rank, *arguments)` in `world` processes that form a torch.distributed world."""
-    start_processes(_start, (work, world, str(folder / f"rendezvous{world}"), arguments), world, start_method="spawn")
-
-
-def _start(rank: int, work: Callable[..., None], world: int, rendezvous: str, arguments: Sequence[Any]) -> None:
-    import os
-
-    torch.set_num_threads(1)
-    os.environ["WORLD_SIZE"] = str(world)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world
-    )
-    work(rank, *arguments)
-    layouts.shutdown()

@@ -62,7 +62,8 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: misbehaviour\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(
-        "[copd_megatron.verifiers]\nmisbehave = misbehaviour:misbehave\nbroken = no_such_module:judge\n"
+        "[copd_megatron.verifiers]\nmisbehave = misbehaviour:misbehave\n"
+        "broken = no_such_module:judge\nempty = misbehaviour:nothing\n"
     )
     sys.path.insert(0, str(folder))
     yield folder
@@ -180,8 +181,11 @@ def test_unknown_verifier_is_refused_before_anything_starts() -> None:
 
 
 def test_verifier_that_cannot_be_loaded_stops_the_run(plugins: Path) -> None:
-    with RewardPool() as pool, pytest.raises(RewardError, match="no_such_module"):
-        pool.score([("broken", "1", "1")])
+    with RewardPool() as pool:
+        for name, message in [("broken", "no_such_module"), ("empty", "AttributeError")]:
+            with pytest.raises(RewardError, match=message):
+                pool.score([(name, "1", "1")])
+        assert statuses(pool.score([GOOD])) == ["ok"]
 
 
 def test_closed_pool_starts_again_when_used(plugins: Path, tmp_path: Path) -> None:

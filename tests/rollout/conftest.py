@@ -112,11 +112,12 @@ def make_prompt() -> Callable[..., Prompt]:
 
 @pytest.fixture(scope="session")
 def prompts(make_prompt: Callable[..., Prompt]) -> list[Prompt]:
-    """Text only, one image, several images of different sizes: all of different lengths."""
+    """Text only, one image, several images of different sizes; the last has the length of the second, not its grid."""
     return [
         make_prompt("sum 12 34="),
         make_prompt("what?", (1, 4)),
         make_prompt("a", (2, 3), (1, 1), (3, 2)),
         make_prompt("9"),
         make_prompt("compare these two.", (2, 2), (2, 5)),
+        make_prompt("whose", (2, 2)),
     ]

@@ -28,7 +28,7 @@ def rollouts(prompts: list[Prompt]) -> list[Rollout]:
     """Responses of many lengths (1 to 9 tokens) that no model has sampled, in an order that mixes the prompts."""
     made = []
     for place in range(15):
-        prompt = prompts[(2 * place) % len(prompts)]
+        prompt = prompts[(5 * place) % len(prompts)]
         ids = tuple(6 + (7 * place + 5 * step) % 40 for step in range(place % 9))
         made.append(Rollout(prompt, (*ids, END), torch.zeros(len(ids) + 1), "stop", 3, ""))
     return made
@@ -105,9 +105,9 @@ def test_a_prompt_is_computed_once_for_all_its_rollouts(
 
     monkeypatch.setattr(decoding, "prefill", counted)
     teacher.score(rollouts, 1, 1.0)
-    assert sum(computed) == len({rollout.prompt.uid for rollout in rollouts}) == 5
+    assert sum(computed) == len({rollout.prompt.uid for rollout in rollouts}) == 6
     teacher.generate([rollouts[0].prompt], Sampling(2, (END,), n=4), seed=0)
-    assert sum(computed) == 6
+    assert sum(computed) == 7
 
 
 def test_more_than_the_vocabulary_means_all_of_it(teacher: EmbeddedEngine, rollouts: list[Rollout]) -> None:

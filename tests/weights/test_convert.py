@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from copd_megatron.errors import WeightsError
+from copd_megatron.policy import checkpoint
 from copd_megatron.policy.layout import Layout, initialize, shutdown
-from copd_megatron.policy.qwen3_vl import build_model
-from copd_megatron.weights import mapping
+from copd_megatron.policy.optimizer import OptimizerSettings
+from copd_megatron.policy.qwen3_vl.config import Precision
+from copd_megatron.policy.trainer import Policy
 from copd_megatron.weights.convert import to_hf, to_megatron
 from copd_megatron.weights.hf import HfFolder, write_folder
-
-from megatron.core import dist_checkpointing  # isort: skip - after copd_megatron.policy, which prepares the platform
-from megatron.core.dist_checkpointing import ShardedTensor  # isort: skip
 
 
 def _content(folder: Path) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
@@ -29,7 +28,7 @@ def _content(folder: Path) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
 
 
 @pytest.fixture
-def checkpoint(save_model: Callable[..., Path], tmp_path: Path) -> Path:
+def converted(save_model: Callable[..., Path], tmp_path: Path) -> Path:
     to_megatron(save_model(0), tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
@@ -45,44 +44,50 @@ def test_round_trip_is_bit_exact(save_model: Callable[..., Path], tmp_path: Path
 
 
 def test_any_other_base_of_the_same_shape_can_give_the_form(
-    checkpoint: Path, save_model: Callable[..., Path], tmp_path: Path
+    converted: Path, save_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     other = save_model(1)
     (other / "chat_template.jinja").write_text("another")
-    to_hf(checkpoint, tmp_path / "again", base=other)
+    to_hf(converted, tmp_path / "again", base=other)
     assert _content(tmp_path / "again") == _content(tmp_path / "model0")
     assert (tmp_path / "again" / "chat_template.jinja").read_text() == "another"
 
 
-def test_a_training_checkpoint_gives_its_model(save_model: Callable[..., Path], tmp_path: Path) -> None:
-    base, checkpoint = save_model(0), tmp_path / "checkpoint"
-    checkpoint.mkdir()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_checkpoint_of_a_run_gives_the_weights_it_holds(
+    save_model: Callable[..., Path], tmp_path: Path, precision: Precision
+) -> None:
+    base = save_model(0, torch.float32 if precision == "fp32" else torch.bfloat16)
     initialize(Layout())
-    models = build_model(base, Layout(), "fp32")
-    mapping.to_megatron(dict(HfFolder(base).tensors()), models)
-    moments = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg", torch.ones(8))
-    state = {"model": models[0].sharded_state_dict(), "optimizer": {"moments": moments}, "step": 3}
-    dist_checkpointing.save(state, str(checkpoint))
+    policy = Policy(base, Layout(), OptimizerSettings(distributed=True), precision, max_tokens_per_microbatch=64)
+    for parameter in policy.model.parameters():
+        parameter.data.mul_(1.5)
+        parameter.main_grad.fill_(1.0)
+    policy.optimizer.step()
+    trained = {name: tensor.clone() for name, tensor in policy.named_weights()}
+    checkpoint.save(policy, tmp_path / "step_0000001", state={})
     shutdown()
-    to_hf(checkpoint, tmp_path / "again", base=base)
-    assert _content(tmp_path / "again") == _content(base)
+    to_hf(tmp_path / "step_0000001", tmp_path / "again", base=base)
+    again = dict(HfFolder(tmp_path / "again").tensors())
+    assert again.keys() == trained.keys() == dict(HfFolder(base).tensors()).keys()
+    assert all(torch.equal(again[name], trained[name]) and again[name].dtype == trained[name].dtype for name in trained)
 
 
 def test_output_with_content_is_refused_before_work_is_done(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("copd_megatron.weights.convert.build_model")
     with pytest.raises(WeightsError, match="is not empty"):
-        to_hf(checkpoint, tmp_path / "model0")
+        to_hf(converted, tmp_path / "model0")
 
 
-def test_checkpoint_is_overwritten_only_if_allowed(checkpoint: Path, save_model: Callable[..., Path]) -> None:
+def test_checkpoint_is_overwritten_only_if_allowed(converted: Path, save_model: Callable[..., Path]) -> None:
     newer = save_model(1)
     with pytest.raises(WeightsError, match="is not empty"):
-        to_megatron(newer, checkpoint)
-    to_megatron(newer, checkpoint, overwrite=True)
-    to_hf(checkpoint, checkpoint.with_name("again"))
-    assert _content(checkpoint.with_name("again")) == _content(newer)
+        to_megatron(newer, converted)
+    to_megatron(newer, converted, overwrite=True)
+    to_hf(converted, converted.with_name("again"))
+    assert _content(converted.with_name("again")) == _content(newer)
 
 
 @pytest.mark.parametrize("formats", [(torch.float16, torch.float16), (torch.float32, torch.bfloat16)])
@@ -111,25 +116,25 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, save_model: Callable[...
         to_hf(save_model(0), tmp_path / "out")
 
 
-def test_checkpoint_without_hugging_face_files_needs_a_base(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "hf").rename(tmp_path / "form")
+def test_checkpoint_without_hugging_face_files_needs_a_base(converted: Path, tmp_path: Path) -> None:
+    (converted / "hf").rename(tmp_path / "form")
     with pytest.raises(WeightsError, match="has no hf/ folder"):
-        to_hf(checkpoint, tmp_path / "out")
-    to_hf(checkpoint, tmp_path / "out", base=tmp_path / "form")
+        to_hf(converted, tmp_path / "out")
+    to_hf(converted, tmp_path / "out", base=tmp_path / "form")
     assert _content(tmp_path / "out") == _content(tmp_path / "model0")
 
 
-def test_damaged_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> None:
-    for part in checkpoint.glob("*.distcp"):
+def test_damaged_checkpoint_is_named(converted: Path, tmp_path: Path) -> None:
+    for part in converted.glob("*.distcp"):
         part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(WeightsError, match="checkpoint: cannot be read"):
-        to_hf(checkpoint, tmp_path / "out")
+        to_hf(converted, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_base_of_another_size_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    config = json.loads((checkpoint / "hf" / "config.json").read_text())
+def test_base_of_another_size_is_refused(converted: Path, tmp_path: Path) -> None:
+    config = json.loads((converted / "hf" / "config.json").read_text())
     config["text_config"]["intermediate_size"] = 64
-    (checkpoint / "hf" / "config.json").write_text(json.dumps(config))
+    (converted / "hf" / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match=r"not of the model that config\.json describes"):
-        to_hf(checkpoint, tmp_path / "out")
+        to_hf(converted, tmp_path / "out")

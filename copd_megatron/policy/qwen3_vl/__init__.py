@@ -24,9 +24,9 @@ def build_model(
 ) -> list[Qwen3VLModel]:
     """This process's part of the model, randomly initialised, on its device: a list of one model chunk.
 
-    `source` is a Hugging Face folder (only its config.json is read) or a configuration. `layout.initialize(layout)` must
+    `source` is a Hugging Face folder, of which only config.json is read, or a configuration. `layout.initialize` must
     have been called. `recompute` trades time for memory: layers are computed again in the backward pass. Weights come
-    from `copd_megatron.weights.mapping.to_megatron`.
+    from `copd_megatron.weights.mapping.to_megatron`. ConfigError if the layout does not fit the model.
     """
     from megatron.core import parallel_state
 

@@ -33,9 +33,9 @@ class DeepStackLayer(TransformerLayer):
         hidden_states, _ = super().forward(
             hidden_states=hidden_states, packed_seq_params=packed_seq_params, **{**kwargs, "context": None}
         )
-        if context is not None and self.layer_number <= len(context):
-            features = context[self.layer_number - 1].unsqueeze(1)
-            hidden_states = hidden_states.index_add(0, packed_seq_params.visual_index, features)
+        index = packed_seq_params.visual_index
+        if context is not None and index is not None and self.layer_number <= len(context):
+            hidden_states = hidden_states.index_add(0, index, context[self.layer_number - 1].unsqueeze(1))
         return hidden_states, context
 
 

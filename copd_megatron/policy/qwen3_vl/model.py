@@ -20,8 +20,8 @@ from copd_megatron.policy.qwen3_vl.vision import VisionTower
 class Qwen3VLModel(LanguageModule):
     """`Qwen3VLForConditionalGeneration`, or one pipeline stage of it.
 
-    The first stage holds `embedding` and `vision`, each its share of `decoder`, the last one `output_layer` (absent where
-    it is tied to an `embedding` on the same stage).
+    The first stage holds `embedding` and `vision`, each its share of `decoder`, the last one `output_layer` (without a
+    weight of its own where that is tied to an `embedding` on the same stage).
     """
 
     family = "qwen3_vl"
