@@ -147,6 +147,7 @@ def _loss_settings(config: RunConfig, name: str) -> LossSettings:
         opd_loss=config.opd.loss,
         beta=config.opd.beta,
         delta_clip=config.opd.delta_clip,
+        jsd_beta=config.opd.jsd_beta,
         overlap_k=config.log.overlap_k,
         importance_cap=config.rl.correction.importance_cap,
         two_sided_mask=config.rl.correction.mask,

@@ -71,6 +71,11 @@ class RunConfig(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"branches: names must differ, found {names}")
         edges_of(self.topology, names)
+        if self.log.overlap_k > self.opd.top_k:
+            raise ValueError(
+                f"log.overlap_k = {self.log.overlap_k} needs as many of the teacher's tokens: raise opd.top_k = "
+                f"{self.opd.top_k} or lower log.overlap_k"
+            )
         if self.merge.weights is not None and set(self.merge.weights) != set(names):
             raise ValueError(f"merge.weights: expected one weight for each of {names}, found {sorted(self.merge.weights)}")
         for branch in self.branches:

@@ -57,9 +57,11 @@ class RLConfig(Section):
 class OPDConfig(Section):
     """Mutual on-policy distillation, the second half of every Phase II update."""
 
-    loss: Literal["sampled", "topk_reverse", "topk_forward"] = "sampled"
+    loss: Literal["sampled", "topk_reverse", "topk_forward", "jsd"] = "sampled"
     """`sampled` (the paper): policy gradient on β(log π_teacher − log π_student) of the sampled token;
-    `topk_reverse`, `topk_forward`: KL on the teacher's top-k and a tail bucket, as a loss."""
+    `topk_reverse`, `topk_forward`, `jsd`: a divergence on the teacher's top-k and a tail bucket, as a loss."""
+    jsd_beta: float = Field(0.5, ge=0, le=1)
+    """Mixture of `jsd`: 0 is forward KL, 1 is reverse KL."""
     beta: float = Field(1.0, gt=0)
     """Weight of the teacher's term (β)."""
     top_k: int = Field(64, ge=1)

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from copd_megatron.errors import CopdError
 from copd_megatron.files import checksum, sync_folder, write_atomic
 from copd_megatron.policy import platform
+from copd_megatron.policy.manifest import MANIFEST, newest_valid, read_manifest, step_folder, valid_steps
 from copd_megatron.policy.trainer import Policy
 
 platform.prepare()
@@ -48,10 +49,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (  # noqa: E402
     mcore_to_pyt_state_dict,
 )
 
-MANIFEST = "manifest.json"
+__all__ = ["load", "newest_valid", "prune", "save", "step_folder", "valid_steps"]
+
 STATE = "state.json"
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""Optimizer state that any layout can load; megatron-core's default cannot be loaded without its GPU optimizers."""
+"""A format of sharded optimizer state that any layout can load; megatron-core's default cannot be saved here."""
 
 MODEL_PARTS = ("text_config", "vision_config")
 SIZES = (
@@ -75,16 +77,11 @@ SIZES = (
 Value = TypeVar("Value")
 
 
-def step_folder(root: str | os.PathLike[str], step: int) -> Path:
-    """Where the checkpoint after `step` updates belongs."""
-    return Path(root) / f"step_{step:07d}"
-
-
 def save(policy: Policy, folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write `policy` and this rank's `state` (what JSON can hold) to `folder`. Collective over the gang.
 
-    Raises CopdError, on every rank, if something cannot be written; `folder` does not exist then, or is what it was, and
-    other checkpoints are untouched.
+    Raises CopdError, on every rank, if something cannot be written; `folder` is then absent, or what it was, and other
+    checkpoints are untouched.
     """
     target = Path(folder).absolute()
     temporary = target.with_name(f".{target.name}.tmp")
@@ -106,7 +103,7 @@ def save(policy: Policy, folder: str | os.PathLike[str], state: dict[str, Any]) 
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise CopdError(
-            f"{target}: the checkpoint could not be written ({_reason(error)}); older ones are untouched. Make room, or "
+            f"{target}: the checkpoint could not be written ({_reason(error)}); older ones are untouched. Make room or "
             "choose another run_dir, and start again"
         ) from error
 
@@ -120,7 +117,9 @@ def load(policy: Policy, folder: str | os.PathLike[str]) -> dict[str, Any]:
     source = Path(folder).absolute()
     manifest = read_manifest(source)
     if manifest is None:
-        raise CopdError(f"{source}: not a complete checkpoint: {MANIFEST} or a file that it lists is missing or cut short")
+        raise CopdError(
+            f"{source}: not a complete checkpoint: {MANIFEST} or a file that it lists is missing or cut short"
+        )
     try:
         found = _checksums(source)
     except _Failed as error:
@@ -146,31 +145,6 @@ def load(policy: Policy, folder: str | os.PathLike[str]) -> dict[str, Any]:
     policy.version = content["version"]
     policy.skipped_in_a_row = content["skipped_in_a_row"]
     return state
-
-
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """File name to {"bytes", "sha256"}, or None unless every file is there in its size. Contents are not read."""
-    try:
-        files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
-        complete = all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return files if complete else None
-
-
-def valid_steps(root: str | os.PathLike[str]) -> list[int]:
-    """Steps with a complete checkpoint under `root`, ascending; sizes are checked, checksums are left to `load`."""
-    steps = []
-    for folder in Path(root).glob("step_*"):
-        number = folder.name.removeprefix("step_")
-        if number.isdecimal() and read_manifest(folder) is not None:
-            steps.append(int(number))
-    return sorted(steps)
-
-
-def newest_valid(root: str | os.PathLike[str]) -> int | None:
-    """The last step with a complete checkpoint under `root`; None if there is none."""
-    return max(valid_steps(root), default=None)
 
 
 def prune(root: str | os.PathLike[str], keep: int) -> None:
@@ -204,7 +178,7 @@ def _together(work: Callable[[], Value]) -> list[Value]:
     return [value for value, _ in outcomes]
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What went wrong, without the stacks that torch adds."""
     if isinstance(error, CheckpointException):
         return "; ".join(sorted({str(failure) for failure, _ in error.failures.values()}))

@@ -59,7 +59,6 @@ def prepare() -> None:
         _device_literals,
         _moves_to_cuda,
         _synchronisation,
-        _streams,
         _generator_state,
     ):
         substitute()
@@ -95,7 +94,7 @@ def declare_torchvision_schemas() -> None:
 
 
 def _no_compilation() -> None:
-    """`jit_fuser` is torch.compile: on CPU it would call a C++ compiler for minutes, or fail for want of one."""
+    """megatron-core compiles what it marks with `jit_fuser`: on a CPU that takes minutes and a C++ compiler."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].config.disable = True  # type: ignore[attr-defined]
@@ -135,37 +134,6 @@ def _synchronisation() -> None:
     """Waiting for the device around p2p and checkpoints: "Torch not compiled with CUDA enabled"."""
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.empty_cache = lambda: None
-
-
-class _NoStream:
-    """Work on a CPU is done when the call returns: nothing to order, nothing to wait for."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def wait_stream(self, stream: object) -> None: ...
-
-    def wait_event(self, event: object) -> None: ...
-
-    def record_event(self, event: object = None) -> _NoStream:
-        return self
-
-    def synchronize(self) -> None: ...
-
-    def wait(self, stream: object = None) -> None: ...
-
-    def __enter__(self) -> _NoStream:
-        return self
-
-    def __exit__(self, *args: object) -> None: ...
-
-
-def _streams() -> None:
-    """Gradient and parameter communication on side streams: "Torch not compiled with CUDA enabled"."""
-    stream = _NoStream()
-    torch.cuda.Stream = torch.cuda.Event = _NoStream  # type: ignore[assignment,misc]
-    torch.cuda.current_stream = lambda *args, **kwargs: stream  # type: ignore[assignment,return-value]
-    torch.cuda.stream = lambda other: stream  # type: ignore[assignment,return-value]
-    torch.Tensor.record_stream = lambda self, other: None  # type: ignore[method-assign,assignment]
 
 
 def _generator_state() -> None:

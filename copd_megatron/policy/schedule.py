@@ -43,7 +43,9 @@ def sum_gradients(config: TransformerConfig) -> None:
     config.finalize_model_grads_func = lambda model, num_tokens=None, **options: finalize_model_grads(model, **options)
 
 
-def train_pass(model: DistributedDataParallel, batches: Sequence[MicroBatch], loss: Loss) -> tuple[float, dict[str, Any]]:
+def train_pass(
+    model: DistributedDataParallel, batches: Sequence[MicroBatch], loss: Loss
+) -> tuple[float, dict[str, Any]]:
     """Forward and backward over `batches`; gradients of all ranks are added into the model's buffers.
 
     Returns the sum of all losses and, per statistic, its sum and count, over all micro-batches and replicas; the same

@@ -194,9 +194,9 @@ class Policy:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.settings.max_skipped:
             raise TrainingDiverged(
-                f"update {self.version} had to be skipped, number {self.skipped_in_a_row} in a row: {reason}. The weights "
-                f"are those after update {self.version - self.skipped_in_a_row}. Go on from an earlier checkpoint with a "
-                "lower optimizer.lr, or look at the samples of these updates"
+                f"update {self.version} had to be skipped, number {self.skipped_in_a_row} in a row: {reason}. The "
+                f"weights are those after update {self.version - self.skipped_in_a_row}. Go on from an earlier "
+                "checkpoint with a lower optimizer.lr, or look at the samples of these updates"
             )
         logger.warning("update %d is skipped: %s", self.version, reason)
 

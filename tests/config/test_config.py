@@ -54,6 +54,7 @@ def test_unknown_key_names_the_nearest_valid_one(tmp_path):
         (["topology=star"], "unknown preset 'star'"),
         (["rhythm.explore_steps=0", "rhythm.exchange_steps=0"], "nothing would be trained"),
         (["rl.prompts"], "expected key=value"),
+        (["opd.top_k=4", "log.overlap_k=5"], "raise opd.top_k = 4 or lower log.overlap_k"),
     ],
 )
 def test_bad_values_are_refused_with_the_key(tmp_path, overrides, message):

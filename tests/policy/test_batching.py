@@ -105,7 +105,8 @@ def test_advantage_and_source_follow_their_tokens() -> None:
     signals = packed(samples).microbatches[0].signals
     assert signals.advantage.tolist() == [0.5, 0.5, -2.0]
     assert signals.source.tolist() == [NATIVE] * 3
-    assert signals.teacher_logprobs is None and signals.old_logprobs is None
+    assert signals.teacher_logprobs is None
+    assert signals.old_logprobs is None
 
 
 def test_prompt_and_pictures_of_a_group_are_packed_once() -> None:
@@ -117,7 +118,9 @@ def test_prompt_and_pictures_of_a_group_are_packed_once() -> None:
     (batch,) = result.microbatches
     assert batch.segments.prompt_lengths.tolist() == [3, 3, 2]
     assert batch.segments.prompt_of.tolist() == [0, 0, 0, 1, 2]
-    assert batch.pixel_values is not None and batch.grid_thw is not None and batch.visual_index is not None
+    assert batch.pixel_values is not None
+    assert batch.grid_thw is not None
+    assert batch.visual_index is not None
     assert batch.pixel_values[:, 0].tolist() == [1.0] * 4 + [2.0] * 4
     assert batch.grid_thw.tolist() == [[1, 2, 2], [1, 2, 2]]
     assert batch.visual_index.tolist() == [1, 3], "a sampled image token has no patch"
@@ -128,7 +131,7 @@ def test_prompt_and_pictures_of_a_group_are_packed_once() -> None:
 
 def test_text_only_micro_batches_carry_no_pictures() -> None:
     batch = packed([sample(prompt("a", IMAGE, 2), 3)]).microbatches[0]
-    assert batch.pixel_values is None and batch.grid_thw is None and batch.visual_index is None
+    assert (batch.pixel_values, batch.grid_thw, batch.visual_index) == (None, None, None)
 
 
 def test_same_name_with_another_picture_is_another_prompt() -> None:
@@ -183,7 +186,8 @@ def test_teacher_scores_stand_beside_their_tokens_and_zeros_beside_native_ones()
     samples = [sample(question, 3, 4), sample(question, 5, 6, source=1, top_k=2)]
     signals = packed(samples).microbatches[0].signals
     assert signals.source.tolist() == [NATIVE, NATIVE, 1, 1]
-    assert signals.teacher_logprobs is not None and signals.teacher_top_ids is not None
+    assert signals.teacher_logprobs is not None
+    assert signals.teacher_top_ids is not None
     assert signals.teacher_top_logprobs is not None
     assert signals.teacher_logprobs.tolist() == [0, 0, -10, -12]
     assert signals.teacher_top_ids.tolist() == [[0, 0], [0, 0], [5, 5], [6, 6]]

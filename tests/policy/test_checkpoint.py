@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_policy import SIZE, base_folder, make_samples, new_policy, toy_loss, weights_of, worst_difference
 
 from copd_megatron.errors import CopdError
 from copd_megatron.policy import checkpoint
 from copd_megatron.policy import layout as layouts
 from copd_megatron.policy.layout import Layout
-from tiny_policy import SIZE, base_folder, make_samples, new_policy, toy_loss, weights_of, worst_difference
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,7 @@ def assert_same(policy: Any, other: Any) -> None:
 @pytest.mark.parametrize(
     ("precision", "distributed"), [("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True)]
 )
-def test_resumed_run_equals_one_never_stopped(
-    base: Path, tmp_path: Path, precision: str, distributed: bool
-) -> None:
+def test_resumed_run_equals_one_never_stopped(base: Path, tmp_path: Path, precision: str, distributed: bool) -> None:
     settings: dict[str, Any] = {"precision": precision, "distributed": distributed, "warmup_steps": 5}
     policy = train(new_policy(base, **settings), base, range(3))
     checkpoint.save(policy, tmp_path / "step_0000003", {"sampler": [1, 2]})
@@ -137,9 +135,7 @@ class _Payload:
         return (os.system, (f"touch {self.target}",))
 
 
-def test_tampered_checkpoint_is_refused_before_anything_is_unpickled(
-    trained: Any, base: Path, tmp_path: Path
-) -> None:
+def test_tampered_checkpoint_is_refused_before_anything_is_unpickled(trained: Any, base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "step_0000003"
     checkpoint.save(trained, folder, {})
     size = (folder / ".metadata").stat().st_size
@@ -165,9 +161,7 @@ def no_file_larger_than(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [20, 1000, 30_000])
-def test_failed_write_leaves_older_checkpoints_untouched(
-    trained: Any, base: Path, tmp_path: Path, size: int
-) -> None:
+def test_failed_write_leaves_older_checkpoints_untouched(trained: Any, base: Path, tmp_path: Path, size: int) -> None:
     checkpoint.save(trained, tmp_path / "step_0000003", {"kept": True})
     with no_file_larger_than(size), pytest.raises(CopdError, match="could not be written") as raised:
         checkpoint.save(trained, tmp_path / "step_0000004", {})

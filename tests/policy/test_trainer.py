@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_policy import base_folder, gradients, make_samples, new_policy, toy_loss, weights_of, worst_difference
 
 from copd_megatron.policy import layout as layouts
 from copd_megatron.policy.batching import NATIVE, Sample
 from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.packed import Signals
-from tiny_policy import base_folder, gradients, make_samples, new_policy, toy_loss, weights_of, worst_difference
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_policy import base_folder, make_samples, new_policy, toy_loss, weights_of, worst_difference
 
 from copd_megatron.errors import TrainingDiverged
 from copd_megatron.policy import layout as layouts
 from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.packed import Signals
-from tiny_policy import base_folder, make_samples, new_policy, toy_loss, weights_of, worst_difference
 
 LossResult = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
@@ -66,6 +66,7 @@ def test_bad_update_leaves_no_trace_but_counts(
         metrics = policy.update(second, bad)
     assert (metrics["skipped"], policy.version, undisturbed.version) == (1, 2, 1)
     assert "update 2 is skipped" in caplog.text
+    assert not any(parameter.main_grad.any() for parameter in policy.model.module.parameters())
     assert worst_difference(weights_of(policy), weights_of(undisturbed)) == 0
     after, expected = (one.update(second, toy_loss) for one in (policy, undisturbed))
     assert after == expected

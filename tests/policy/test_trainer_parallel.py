@@ -9,9 +9,6 @@ import gang
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from copd_megatron.policy import layout as layouts
-from copd_megatron.policy.layout import Layout
 from tiny_policy import (
     base_folder,
     gradients,
@@ -21,6 +18,9 @@ from tiny_policy import (
     weights_of,
     worst_difference,
 )
+
+from copd_megatron.policy import layout as layouts
+from copd_megatron.policy.layout import Layout
 
 LAYOUTS = {
     "alone": Layout(),

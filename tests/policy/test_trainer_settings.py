@@ -33,7 +33,14 @@ def test_warm_up_and_decay_multiply() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("lr", 0), ("betas", (0.9, 1.0)), ("min_lr_ratio", 2), ("max_skipped", 0), ("decay_steps", 0), ("learning_rate", 1)],
+    [
+        ("lr", 0),
+        ("betas", (0.9, 1.0)),
+        ("min_lr_ratio", 2),
+        ("max_skipped", 0),
+        ("decay_steps", 0),
+        ("learning_rate", 1),
+    ],
 )
 def test_impossible_settings_are_refused_by_name(key: str, value: object) -> None:
     with pytest.raises(ValidationError, match=key):

@@ -26,11 +26,13 @@ def base_folder(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def new_policy(base: Path, layout: Layout = Layout(), max_tokens: int = 1000, precision: str = "fp32", **settings: Any):
+def new_policy(
+    base: Path, layout: Layout | None = None, max_tokens: int = 1000, precision: str = "fp32", **settings: Any
+):
     """A `Policy` with a rate that shows; `layout` must have been initialised."""
     from copd_megatron.policy.trainer import Policy
 
-    return Policy(base, layout, OptimizerSettings(**{"lr": 1e-2, **settings}), precision, max_tokens)
+    return Policy(base, layout or Layout(), OptimizerSettings(**{"lr": 1e-2, **settings}), precision, max_tokens)
 
 
 def make_samples(base: Path, prompts: int, group: int, seed: int = 0, teachers: bool = False) -> list[Sample]:

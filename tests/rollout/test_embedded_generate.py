@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from copd_megatron.errors import DataError
+from copd_megatron.rollout import decoding
 from copd_megatron.rollout.embedded import EmbeddedEngine
 from copd_megatron.rollout.types import Images, Prompt, Rollout, Sampling
 
@@ -117,6 +118,31 @@ def test_rollouts_do_not_depend_on_how_they_are_batched(folder: Path, prompts: l
     assert len({len(rollout.token_ids) for rollout in whole}) > 4
     for max_rows in (1, 6, 8):
         assert_same(whole, EmbeddedEngine("text", folder, max_rows=max_rows).generate(prompts, sampling, seed=5))
+
+
+def test_no_more_rows_than_allowed_are_computed_at_a_time(
+    folder: Path, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    sample, score = decoding.sample, decoding.score
+
+    def counted(call: Any) -> Any:
+        def pass_through(model: Any, in_progress: decoding.Rows, *arguments: Any) -> Any:
+            rows.append(len(in_progress.hidden))
+            return call(model, in_progress, *arguments)
+
+        return pass_through
+
+    monkeypatch.setattr(decoding, "sample", counted(sample))
+    monkeypatch.setattr(decoding, "score", counted(score))
+    engine = EmbeddedEngine("text", folder, max_rows=8)
+    rollouts = engine.generate(prompts, replace(SAMPLED, n=3), seed=0)
+    assert rows == [6, 6, 6]
+    engine.score(rollouts, 1, 1.0)
+    assert rows == [6] * 6
+    # One prompt's rollouts stay together, whatever the limit.
+    engine.generate(prompts[:2], replace(SAMPLED, n=9), seed=0)
+    assert rows[6:] == [9, 9]
 
 
 def test_rollouts_do_not_depend_on_the_other_prompts(

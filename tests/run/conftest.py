@@ -79,7 +79,7 @@ class Command:
 
     def wait_for(self, process: subprocess.Popen[str], branch: str, reached: Callable[[list[dict]], bool]) -> None:
         """Until a branch's metrics satisfy `reached`."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not reached(self.lines(branch)):
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline, "the run made no progress"

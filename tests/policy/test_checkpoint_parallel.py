@@ -1,0 +1,111 @@
+"""Checkpoints of several processes: exact with the optimizer sharded, and loadable by another number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gang
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_policy import base_folder, make_samples, new_policy, toy_loss, weights_of, worst_difference
+
+from copd_megatron.errors import CopdError
+from copd_megatron.policy import checkpoint
+from copd_megatron.policy import layout as layouts
+from copd_megatron.policy.layout import Layout
+
+
+def train(policy: Any, base: Path, steps: range) -> None:
+    """The replicas share the samples of each step."""
+    rank, size = layouts.data_parallel_rank(), layouts.data_parallel_size()
+    for step in steps:
+        policy.update(make_samples(base, prompts=4, group=2, seed=step)[rank::size], toy_loss)
+
+
+def local_state(policy: Any) -> list[torch.Tensor]:
+    """This rank's share of weights and moments."""
+    found = [parameter.detach().clone() for parameter in policy.model.module.parameters()]
+    for part in policy.optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                found += [state["step"].clone(), state["exp_avg"].clone(), state["exp_avg_sq"].clone()]
+    return found
+
+
+def resume_among_two(base: Path, root: Path, layout: Layout, distributed: bool) -> list[bool]:
+    """Save after three updates and go on; load into a new policy and go on; say where the two are equal."""
+    layouts.initialize(layout)
+    rank = torch.distributed.get_rank()
+    policy = new_policy(base, layout, distributed=distributed)
+    train(policy, base, range(3))
+    checkpoint.save(policy, root / "step_0000003", {"rank": rank})
+    checkpoint.save(policy, root / "step_0000004", {"position": 12})
+    resumed = new_policy(base, layout, distributed=distributed)
+    state = checkpoint.load(resumed, root / "step_0000003")
+    train(policy, base, range(3, 4))
+    weights = weights_of(policy)
+    if rank == 0:
+        save_file(weights, root / "four.safetensors")
+    train(policy, base, range(4, 6))
+    train(resumed, base, range(3, 6))
+    pairs = zip(local_state(policy), local_state(resumed), strict=True)
+    layouts.shutdown()
+    return [state == {"rank": rank}, policy.version == resumed.version, *(torch.equal(one, two) for one, two in pairs)]
+
+
+def fail_on_one_rank(base: Path, root: Path) -> str:
+    """Rank 1 cannot read its part of the files; what this rank is told."""
+    layout = Layout(world=2)
+    layouts.initialize(layout)
+    policy = new_policy(base, layout)
+    if torch.distributed.get_rank() == 1:
+
+        def unreadable(path: Path) -> str:
+            raise OSError(5, "Input/output error", str(path))
+
+        checkpoint.checksum = unreadable
+    try:
+        checkpoint.save(policy, root / "step_0000000", {})
+    except CopdError as error:
+        return str(error)
+    return "saved"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base_folder(tmp_path_factory.mktemp("policy") / "base")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "distributed"),
+    [(Layout(world=2), True), (Layout(world=2, tp=2), False), (Layout(world=2, pp=2), False)],
+    ids=["data", "tensor", "pipeline"],
+)
+def test_resumed_gang_equals_one_never_stopped_and_can_change_its_size(
+    base: Path, tmp_path: Path, layout: Layout, distributed: bool
+) -> None:
+    for equal in gang.run(2, resume_among_two, base, tmp_path, layout, distributed):
+        assert len(equal) > 30
+        assert all(equal)
+    layouts.initialize(Layout())
+    try:
+        alone = new_policy(base, distributed=distributed)
+        assert checkpoint.load(alone, tmp_path / "step_0000004") == {"position": 12}
+        train(alone, base, range(3, 4))  # takes the moments along: from fresh ones the step would be another
+        assert worst_difference(weights_of(alone), load_file(tmp_path / "four.safetensors")) < 2e-3
+        with pytest.raises(CopdError, match="saved by 2 processes, each in a state of its own; this run has 1"):
+            checkpoint.load(alone, tmp_path / "step_0000003")
+    finally:
+        layouts.shutdown()
+
+
+@pytest.mark.slow
+def test_failure_of_one_rank_is_everyones(base: Path, tmp_path: Path) -> None:
+    for told in gang.run(2, fail_on_one_rank, base, tmp_path):
+        assert "could not be written" in told
+        assert "Input/output error" in told
+    assert list(tmp_path.iterdir()) == []
