@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -129,7 +128,7 @@ class Branch:
         group = self.config.rl.group
         prompts = self.config.rl.prompts if self._step.phase == "explore" else self.config.native_prompts
         counts = {NATIVE: prompts * group}
-        counts |= {index: self.config.cross_prompts * group for index in range(len(cross or {}))}
+        counts |= dict.fromkeys(range(len(cross or {})), self.config.cross_prompts * group)
         samples: list[Sample] | None = None
         if self._actor is not None:
             self._check_versions([*native, *(rollout for scored in (cross or {}).values() for rollout in scored)])

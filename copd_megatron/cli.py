@@ -42,7 +42,7 @@ def train(config: Annotated[Path, typer.Argument(help="Run description (YAML).")
 def sft(
     config: Annotated[Path, typer.Argument(help="Description of the cold start (YAML).")], overrides: Overrides = None
 ) -> None:
-    """Supervised cold start: make a base model that can do the tasks in part, so that rewards have something to find."""
+    """Supervised cold start: a base that can do the tasks in part, so that rewards have something to find."""
     from copd_megatron.config import load_config
     from copd_megatron.sft import SftSettings, launch
 
@@ -52,7 +52,9 @@ def sft(
 @app.command("eval", epilog="Example: copd eval runs/mini/text_image_seed0/merged --suite mini --json merged.json")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
-    suite: Annotated[str, typer.Option(help="`mini`, or a run description whose branches' test data are taken.")] = "mini",
+    suite: Annotated[
+        str, typer.Option(help="`mini`, or a run description whose branches' test data are taken.")
+    ] = "mini",
     n: Annotated[int, typer.Option(help="Samples per problem; 1 is greedy.", min=1)] = 1,
     problems: Annotated[int, typer.Option(help="Problems per capability.", min=1)] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of problems and samples.")] = 0,

@@ -89,8 +89,11 @@ class Supervision:
 
     def statuses(self) -> dict[str, str]:
         """The newest status line of each branch that has sent one."""
-        return {name: self._store.get(f"status/{name}").decode() for name in self._branches
-                if self._store.check([f"status/{name}"])}
+        return {
+            name: self._store.get(f"status/{name}").decode()
+            for name in self._branches
+            if self._store.check([f"status/{name}"])
+        }
 
     def ending(self, branch: str) -> str | None:
         """A branch's last word, None if it has not left one."""
@@ -105,8 +108,9 @@ class Supervision:
 
         Two steps of margin: one that the fastest branch has begun, one that it may begin while this is being said.
         """
-        begun = [int(self._store.get(f"begun/{name}")) for name in self._branches
-                 if self._store.check([f"begun/{name}"])]
+        begun = [
+            int(self._store.get(f"begun/{name}")) for name in self._branches if self._store.check([f"begun/{name}"])
+        ]
         last = max(begun, default=-1) + 2
         self._store.set(_STOP, str(last))
         return last

@@ -20,8 +20,20 @@ class Gang:
         self.branch = branch
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--max-restarts", "0",
-                    "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", f"copd-{branch}"]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(world),
+            "--max-restarts",
+            "0",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "127.0.0.1:0",
+            "--rdzv-id",
+            f"copd-{branch}",
+        ]
         environment = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
         with open(log, "ab") as output:
             self._process = subprocess.Popen(

@@ -37,7 +37,9 @@ def edges_of(topology: str | Sequence[DirectedEdge], branches: Sequence[str]) ->
         return tuple(edge for spoke in spokes for edge in ((hub, spoke), (spoke, hub)))
     if topology == "ring":
         turned = [*branches[1:], branches[0]]
-        return tuple((student, teacher) for student, teacher in zip(branches, turned, strict=True) if student != teacher)
+        return tuple(
+            (student, teacher) for student, teacher in zip(branches, turned, strict=True) if student != teacher
+        )
     if topology == "none":
         return ()
     raise ValueError(f"topology: unknown preset {topology!r}; expected one of {', '.join(PRESETS)} or a list of edges")

@@ -1,4 +1,7 @@
-"""One rank of a branch's gang: `torchrun … -m copd_megatron.worker --run-dir RUN --branch NAME …`, started by the conductor."""
+"""One rank of a branch's gang: `torchrun … -m copd_megatron.worker --run-dir RUN --branch NAME …`.
+
+The conductor starts it; nobody else needs to.
+"""
 
 from __future__ import annotations
 

@@ -199,9 +199,7 @@ def main() -> None:
         arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def _summary(
-    ours: list[dict[str, Any]], peers: list[dict[str, Any]], difference: float, tokens: int
-) -> dict[str, Any]:
+def _summary(ours: list[dict[str, Any]], peers: list[dict[str, Any]], difference: float, tokens: int) -> dict[str, Any]:
     samples = PROMPTS * GROUP
     summary: dict[str, Any] = {
         "what": f"{PROMPTS} prompts x {GROUP} rollouts x {tokens} tokens, one process, one thread, fp32",
@@ -243,7 +241,9 @@ def _print(console: Console, summary: dict[str, Any]) -> None:
             f"{row['ratio']:.2f}",
         )
     console.print(table)
-    console.print(f"largest |Δlogprob| between policy, engine and TRL's model: {summary['largest_logprob_difference']:.1e}")
+    console.print(
+        f"largest |Δlogprob| between policy, engine and TRL's model: {summary['largest_logprob_difference']:.1e}"
+    )
 
 
 if __name__ == "__main__":

@@ -106,7 +106,9 @@ def page(seeds: list[int]) -> str:
             k=config["log"]["overlap_k"],
             rows="\n".join(rows),
             seed=seeds[0],
-            summary=f"Symmetric KL falls in {falls} of {len(rows)} cycles; overlap rises or holds (to 0.005) in {holds}.",
+            summary=(
+                f"Symmetric KL falls in {falls} of {len(rows)} cycles; overlap rises, or holds to 0.005, in {holds}."
+            ),
         )
     )
     return "\n".join(parts)
@@ -141,7 +143,9 @@ def _verdict(seed: int, run: dict[str, dict[str, Any]]) -> str:
     models = {name: model["overall"] for name, model in _models(run).items()}
     merged, base = models["**CoPD merged**"], models["base"]
     experts = sum(models[f"{name} expert alone"]["accuracy"] for name in BRANCHES) / len(BRANCHES)
-    gains = [merged["accuracy"] - other for other in (base["accuracy"], experts, models["merge of the experts"]["accuracy"])]
+    gains = [
+        merged["accuracy"] - other for other in (base["accuracy"], experts, models["merge of the experts"]["accuracy"])
+    ]
     apart = "yes" if merged["low"] > base["high"] else "no"
     return f"| {seed} | {100 * gains[0]:+.1f} | {apart} | {100 * gains[1]:+.1f} | {100 * gains[2]:+.1f} |"
 
@@ -158,9 +162,7 @@ def _drift(seeds: list[int], runs: dict[int, dict[str, dict[str, Any]]]) -> tupl
             overlap = [_mean(run["metrics"], step, "overlap/") for step in ends]
             falls += kl[1] < kl[0]
             holds += overlap[1] >= overlap[0] - 0.005
-            rows.append(
-                f"| {seed} | {cycle + 1} | {kl[0]:.3f} → {kl[1]:.3f} | {overlap[0]:.3f} → {overlap[1]:.3f} |"
-            )
+            rows.append(f"| {seed} | {cycle + 1} | {kl[0]:.3f} → {kl[1]:.3f} | {overlap[0]:.3f} → {overlap[1]:.3f} |")
     return rows, falls, holds
 
 

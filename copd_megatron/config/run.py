@@ -77,7 +77,9 @@ class RunConfig(Section):
                 f"{self.opd.top_k} or lower log.overlap_k"
             )
         if self.merge.weights is not None and set(self.merge.weights) != set(names):
-            raise ValueError(f"merge.weights: expected one weight for each of {names}, found {sorted(self.merge.weights)}")
+            raise ValueError(
+                f"merge.weights: expected one weight for each of {names}, found {sorted(self.merge.weights)}"
+            )
         for branch in self.branches:
             parallel = branch.parallel
             if parallel.world % (parallel.tp * parallel.pp):
@@ -92,8 +94,10 @@ class RunConfig(Section):
                 "opd.cross_prompts": self.cross_prompts,
             }.items():
                 if prompts % replicas:
-                    raise ValueError(f"{key} = {prompts} is not a multiple of the {replicas} data-parallel ranks of "
-                                     f"branch {branch.name}")
+                    raise ValueError(
+                        f"{key} = {prompts} is not a multiple of the {replicas} data-parallel ranks of "
+                        f"branch {branch.name}"
+                    )
         return self
 
     @property

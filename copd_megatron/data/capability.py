@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from copd_megatron.config.branches import BranchConfig, DataConfig
 from copd_megatron.data.example import Example
 from copd_megatron.data.mini import MiniSource
 from copd_megatron.data.sources import open_source
+
+_VALIDATION_SIZE = 4096
 
 
 class Source(Protocol):
@@ -34,12 +37,13 @@ def open_capability(branch: BranchConfig, data: DataConfig, seed: int, test_size
     """Open a branch's sources. Raises DataError where a file or a field is missing."""
     settings = branch.data
     if settings.mini is not None:
-        sizes = {"train": data.mini_size, "validation": 4096, "test": test_size}
-        train, validation, test = (
-            MiniSource(task=data.mini, modality=settings.mini.modality, split=split, seed=seed, size=size)
-            for split, size in sizes.items()
+        mini = partial(MiniSource, data.mini, settings.mini.modality, seed=seed)
+        return Capability(
+            name=branch.name,
+            train=mini(split="train", size=data.mini_size),
+            validation=mini(split="validation", size=_VALIDATION_SIZE),
+            test=mini(split="test", size=test_size),
         )
-        return Capability(branch.name, train, validation, test)
     assert settings.train is not None  # BranchData checks it
     train_source = open_source(settings.train)
     return Capability(

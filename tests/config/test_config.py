@@ -41,8 +41,8 @@ def test_overrides_reach_nested_keys_and_references_are_resolved(tmp_path):
 def test_unknown_key_names_the_nearest_valid_one(tmp_path):
     with pytest.raises(ConfigError, match=r"rl\.promts: unknown key; did you mean 'prompts'"):
         load_config(write(tmp_path, MINIMAL), ["rl.promts=32"], RunConfig)
+    wrong = [{**MINIMAL["branches"][0], "paralel": {}}]
     with pytest.raises(ConfigError, match=r"branches\.0\.paralel: unknown key; did you mean 'parallel'"):
-        wrong = [{**MINIMAL["branches"][0], "paralel": {}}]
         load_config(write(tmp_path, {**MINIMAL, "branches": wrong, "topology": "none"}), [], RunConfig)
 
 

@@ -163,7 +163,7 @@ def test_problems_that_cannot_be_asked_are_counted(model: Path) -> None:
     short = EvalSettings(samples=1, max_new_tokens=3, max_prompt_tokens=17, seed=0)
     found = evaluate_model("base", model, [text], short, InProcessPool()).capabilities[0]
     assert (found.problems, found.refused) == (8, 0)
-    with pytest.raises(DataError, match="image: none of 8 problems can be used; first: .*prompt too long"):
+    with pytest.raises(DataError, match=r"image: none of 8 problems can be used; first: .*prompt too long"):
         evaluate_model("base", model, [image], short, InProcessPool())
     mixed = Suite("both", [*(text.source[i] for i in range(5)), *(image.source[i] for i in range(3))], 8)  # type: ignore[arg-type]
     found = evaluate_model("base", model, [mixed], short, InProcessPool()).capabilities[0]
