@@ -7,8 +7,8 @@ Three roles meet here. Every rank holds a shard of the policy. The first rank of
 from __future__ import annotations
 
 import logging
-import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,7 +19,7 @@ from copd_megatron.errors import Interrupted
 from copd_megatron.observe.timeline import Activity
 from copd_megatron.policy import checkpoint, layout
 from copd_megatron.policy.batching import NATIVE, Sample
-from copd_megatron.policy.schedule import Loss, Measure
+from copd_megatron.policy.schedule import Loss, Measure, over_replicas
 from copd_megatron.policy.trainer import Policy
 from copd_megatron.probe import Probe
 from copd_megatron.rhythm import Step
@@ -27,6 +27,7 @@ from copd_megatron.rollout.types import Rollout
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.snapshots import Snapshots
 from copd_megatron.spokesman import Spokesman
+from copd_megatron.tally import Tally
 from copd_megatron.weights.hf import write_folder
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Branch:
         self._step = Step(0, 0, "explore", 0, 1)
         self._teacher_version: int | None = None
         self._published: int | None = None
-        self._notes: dict[str, Any] = {}
+        self._failures: Counter[str] = Counter()
         self._began = time.perf_counter()
 
     @property
@@ -80,7 +81,6 @@ class Branch:
     def begin(self, step: Step) -> None:
         """Announce an update. Raises Interrupted, with a checkpoint behind it, if the run is to stop before it."""
         self._step = step
-        self._notes = {}
         self._began = time.perf_counter()
         goes_on = self._from_rank_0(self._spokesman.begin(step) if self._spokesman else None)
         if not goes_on:
@@ -100,8 +100,7 @@ class Branch:
         if self._actor is None:
             return []
         with self._span("score"):
-            graded, failures = self._actor.grade(rollouts)
-            self._notes.update({f"count/{status}": count for status, count in failures.items()})
+            graded, self._failures = self._actor.grade(rollouts)
             return graded
 
     def meet_teachers(self) -> None:
@@ -130,15 +129,23 @@ class Branch:
         counts = {NATIVE: prompts * group}
         counts |= dict.fromkeys(range(len(cross or {})), self.config.cross_prompts * group)
         samples: list[Sample] | None = None
+        tally = Tally()
         if self._actor is not None:
             self._check_versions([*native, *(rollout for scored in (cross or {}).values() for rollout in scored)])
             native_samples, flat = self._actor.native_samples(native)
             samples = native_samples + self._actor.cross_samples(cross or {})
-            self._note_rollouts(native, cross or {}, flat)
+            tally = Tally.of(
+                native,
+                cross or {},
+                groups=len(native) // group,
+                zero_variance=flat,
+                refused=sum(stream.newly_refused() for stream in self._actor.streams.values()),
+                **self._failures,
+            )
         with self._span("train"):
             trained = self._policy.update(layout.broadcast_in_replica(samples), self._loss, counts)
         self._hand_over()
-        self._write(trained)
+        self._write(trained, Tally.total(over_replicas(tally)))
 
     def settle(self) -> None:
         """After an update: measure drift and save, where that is due."""
@@ -243,28 +250,11 @@ class Branch:
 
     # ------------------------------------------------------------------ numbers
 
-    def _note_rollouts(self, native: Sequence[Rollout], cross: Mapping[str, Sequence[Rollout]], flat: int) -> None:
-        assert self._actor is not None
-        rewards = [rollout.reward or 0.0 for rollout in native]
-        mean = sum(rewards) / len(rewards)
-        everything = [*native, *(rollout for scored in cross.values() for rollout in scored)]
-        cut = sum(rollout.finish == "length" for rollout in everything)
-        self._notes |= {
-            "reward/mean": mean,
-            "reward/std": math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards)),
-            "rollout/length": sum(len(rollout.token_ids) for rollout in everything) / len(everything),
-            "rollout/truncated": cut / len(everything),
-            "count/groups": len(native) // self.config.rl.group,
-            "count/zero_variance": flat,
-            "count/truncated": cut,
-            "count/refused": sum(stream.newly_refused() for stream in self._actor.streams.values()),
-        }
-
-    def _write(self, trained: dict[str, float]) -> None:
+    def _write(self, trained: dict[str, float], tally: Tally) -> None:
         if self._spokesman is None:
             return
         seconds = time.perf_counter() - self._began
-        values = {self._named(key): value for key, value in trained.items()} | self._notes
+        values = {self._named(key): value for key, value in trained.items()} | tally.metrics()
         values["count/skipped"] = int(values.pop("skipped"))
         values["tokens_per_second"] = values.get("tokens", 0) / seconds
         values |= self._spokesman.timeline.finish(self.version)
