@@ -5,6 +5,7 @@ A TCPStore held by the conductor carries it (weights travel through `snapshots.p
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -19,8 +20,12 @@ _STOP = "stop"
 
 
 def serve(host: str = "127.0.0.1") -> TCPStore:
-    """The conductor's store, on a free port of `host`."""
-    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    """The conductor's store, on a free port of `host` and of no other address: by itself it would listen on all."""
+    listener = socket.socket()
+    listener.bind((host, 0))
+    listener.listen(128)
+    port = listener.getsockname()[1]
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def connect(host: str, port: int) -> TCPStore:

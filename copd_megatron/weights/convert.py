@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from copd_megatron.errors import WeightsError
+from copd_megatron.policy import checkpoint
 from copd_megatron.policy.layout import Layout, initialize, shutdown
 from copd_megatron.policy.qwen3_vl import Qwen3VLModel, build_model
 from copd_megatron.policy.qwen3_vl.config import Precision
@@ -48,7 +49,8 @@ def to_megatron(hf_dir: Path, ckpt_dir: Path, overwrite: bool = False) -> None:
     with whole_folder(ckpt_dir, marker=MARKER, overwrite=overwrite) as folder, _single_process():
         models = build_model(hf_dir, Layout(), precision)
         mapping.to_megatron(dict(source.tensors()), models)
-        dist_checkpointing.save(_sharded(models), str(folder))
+        with _explained(f"{ckpt_dir}: could not be written", "it is as it was before"):
+            checkpoint._write_tensors(_sharded(models), folder)
         (folder / HF_FILES).mkdir()
         copy_model_files(hf_dir, folder / HF_FILES)
     logger.info("wrote %s as a Megatron checkpoint (%s) to %s", hf_dir, precision, ckpt_dir)
@@ -72,11 +74,12 @@ def to_hf(
     if not form.is_dir():
         raise WeightsError(f"{ckpt_dir}: has no {HF_FILES}/ folder; name the model's Hugging Face folder as base")
     refuse_content(hf_dir, "config.json", overwrite)
+    unreadable, unfit = f"{ckpt_dir}: cannot be read", "it is damaged, or not of the model that config.json describes"
     with _single_process():
-        with _reading(ckpt_dir):
+        with _explained(unreadable, unfit):
             precision = _precision_in(ckpt_dir)
         models = build_model(form, Layout(), precision)
-        with _reading(ckpt_dir):
+        with _explained(unreadable, unfit):
             models[0].load_state_dict(dist_checkpointing.load(_sharded(models), str(ckpt_dir))["model"])
         write_folder(hf_dir, mapping.to_hf(models), form, max_shard_bytes, overwrite)
     logger.info("wrote the Megatron checkpoint %s as a Hugging Face folder to %s", ckpt_dir, hf_dir)
@@ -116,8 +119,8 @@ def _precision_in(ckpt_dir: Path) -> Precision:
 
 
 @contextmanager
-def _reading(ckpt_dir: Path) -> Iterator[None]:
-    """A damaged checkpoint, or one of another model, can make megatron-core and torch raise anything."""
+def _explained(what: str, consequence: str) -> Iterator[None]:
+    """Turn whatever megatron-core and torch raise over a file they cannot read or write into a WeightsError."""
     try:
         yield
     except WeightsError:
@@ -126,7 +129,4 @@ def _reading(ckpt_dir: Path) -> Iterator[None]:
         # torch wraps what happened on each rank; here there is one.
         causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         reason = (str(causes[0]).strip().splitlines() or [""])[0]
-        raise WeightsError(
-            f"{ckpt_dir}: cannot be read ({type(causes[0]).__name__}: {reason}); "
-            "it is damaged, or not of the model that config.json describes"
-        ) from error
+        raise WeightsError(f"{what} ({type(causes[0]).__name__}: {reason}); {consequence}") from error

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,13 @@ def test_problems_of_a_file_are_asked_once_each(model: Path, tmp_path: Path) -> 
     settings = EvalSettings(samples=2, max_new_tokens=3, max_prompt_tokens=64, seed=0)
     result = evaluate_model("base", model, suites, settings, InProcessPool()).capabilities[0]
     assert (result.problems, result.samples, sum(result.verdicts.values())) == (3, 2, 6)
+
+
+def test_one_sample_is_greedy_and_several_are_drawn_at_the_temperature() -> None:
+    one = EvalSettings(samples=1, max_new_tokens=3, max_prompt_tokens=64, seed=0, temperature=0.7)
+    assert (one.sampling((54,)).n, one.sampling((54,)).temperature) == (1, 0.0)
+    four = replace(one, samples=4)
+    assert (four.sampling((54,)).n, four.sampling((54,)).temperature) == (4, 0.7)
 
 
 def test_problems_that_cannot_be_asked_are_counted(model: Path) -> None:

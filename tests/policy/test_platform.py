@@ -30,6 +30,12 @@ def test_other_devices_are_left_alone() -> None:
     assert torch.zeros(2).device == torch.device("cpu")
 
 
+def test_device_contexts_still_work() -> None:
+    with torch.device("meta"):
+        assert torch.zeros(2).device == torch.device("meta")
+        assert torch.empty(2, device="cuda").device == torch.device("cpu")
+
+
 def test_types_have_cuda_names_only_inside_the_optimizer() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
 

@@ -3,6 +3,7 @@
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -20,6 +21,15 @@ def conductor():
 
 def branch(conductor, name, wait_seconds=20.0):
     return Exchange(connect(conductor.host, conductor.port), name, NAMES, wait_seconds)
+
+
+def test_store_listens_on_the_given_address_alone(conductor):
+    listening = [
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == conductor.port
+    ]
+    assert listening == ["127.0.0.1"]
 
 
 def test_nobody_passes_a_meeting_before_all_have_come(conductor):

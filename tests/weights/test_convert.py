@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +110,19 @@ def test_weights_of_another_model_are_refused(save_model: Callable[..., Path], t
     with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.down_proj"):
         to_megatron(tmp_path / "other", tmp_path / "checkpoint")
     assert sorted(os.listdir(tmp_path)) == ["model0", "other"]
+
+
+def test_failed_write_leaves_the_old_checkpoint(converted: Path, save_model: Callable[..., Path]) -> None:
+    newer, before = save_model(1), {file.name: file.read_bytes() for file in converted.iterdir() if file.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(WeightsError, match=r"could not be written \(.*File too large"):
+            to_megatron(newer, converted, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in converted.iterdir() if file.is_file()} == before
+    assert sorted(os.listdir(converted.parent)) == ["checkpoint", "model0", "model1"]
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path, save_model: Callable[..., Path]) -> None:
