@@ -73,12 +73,13 @@ class AccuracyTable:
         ]
 
     def rich(self) -> RenderableType:
-        """For the terminal."""
+        """For the terminal; lengths, which would not fit 80 columns, are in the other forms."""
         table = RichTable()
-        for number, title in enumerate(self.header):
+        shown = len(self.header) - 2
+        for number, title in enumerate(self.header[:shown]):
             table.add_column(title, justify="right" if number else "left", no_wrap=True)
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*row[:shown])
         return Group(table, *(Text(note, style="dim") for note in self.footnotes))
 
     def markdown(self) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -54,8 +55,14 @@ def test_a_row_shows_accuracies_with_their_intervals() -> None:
         line = next(line for line in text.splitlines() if "base" in line)
         assert f"40.0 [{100 * low:.1f}, {100 * high:.1f}]" in line
         assert "30.0 [" in line
-        assert "8.2/8.2" in line
-        assert "1.2%/1.2%" in line
+    assert "8.2/8.2" in table().markdown()
+    assert "1.2%/1.2%" in table().markdown()
+
+
+def test_table_fits_a_terminal_of_80_columns() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table().rich())
+    assert "…" not in console.export_text()
 
 
 def test_every_form_says_what_was_asked_how_often_and_how() -> None:
