@@ -162,12 +162,12 @@ class Branch:
         if self._spokesman is not None:
             write_folder(self._folder.final(self.own), weights.items(), like=self.config.base, overwrite=True)
 
-    def end(self, ending: str) -> None:
-        """Leave a last word for the conductor and let go of the worker processes."""
+    def close(self, ending: str) -> None:
+        """Show how the branch has ended, close its files and let go of the reward workers."""
         if self._actor is not None:
             self._actor.rewards.close()
         if self._spokesman is not None:
-            self._spokesman.end(ending)
+            self._spokesman.close(ending)
 
     # ------------------------------------------------------------------ weights
 

@@ -17,7 +17,7 @@ from types import FrameType
 from rich.console import Console
 
 from copd_megatron.config import RunConfig
-from copd_megatron.errors import CopdError, Interrupted
+from copd_megatron.errors import ConfigError, CopdError, Interrupted
 from copd_megatron.evaluate.final import evaluate_run
 from copd_megatron.exchange import Supervision, serve
 from copd_megatron.gang import Gang
@@ -37,6 +37,11 @@ _POLL_SECONDS = 0.25
 
 def run(config: RunConfig, console: Console) -> None:
     """Do whatever of the run is not done yet. Raises CopdError with the reason if it cannot be finished."""
+    if not (Path(config.base) / "config.json").is_file():
+        raise ConfigError(
+            f"base: {config.base} is not a Hugging Face folder (no config.json); the mini configs' base is made by "
+            f"`python tools/mini_base.py --seed {config.seed}`"
+        )
     folder = RunFolder(config.run_dir)
     folder.open(config)
     names = [branch.name for branch in config.branches]

@@ -28,19 +28,19 @@ def serve(host: str = "127.0.0.1") -> TCPStore:
     return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def connect(host: str, port: int) -> TCPStore:
-    """A branch's connection to the conductor's store."""
-    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
-
-
 class Exchange:
     """One branch's side of the conversation."""
 
-    def __init__(self, store: Store, me: str, branches: Sequence[str], wait_seconds: float) -> None:
+    def __init__(self, store: Store, me: str) -> None:
         self._store = store
-        self._wait_seconds = wait_seconds
+        self._wait_seconds = 0.0
         self.me = me
-        self.peers = [name for name in branches if name != me]
+        self.peers: list[str] = []
+
+    def know(self, branches: Sequence[str], wait_seconds: float) -> None:
+        """Whom to meet, and how long to wait for them."""
+        self.peers = [name for name in branches if name != self.me]
+        self._wait_seconds = wait_seconds
 
     def report(self, status: str) -> None:
         """Publish this branch's status line (JSON) for the display."""
@@ -83,6 +83,11 @@ class Exchange:
                 )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def connect(host: str, port: int, me: str) -> Exchange:
+    """The side of branch `me`, connected to the conductor's store."""
+    return Exchange(TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60)), me)
 
 
 class Supervision:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from copd_megatron.actor import Actor, Teacher
 from copd_megatron.branch import Branch
@@ -16,7 +15,7 @@ from copd_megatron.data.prompts import PromptBuilder, load_processor, stop_token
 from copd_megatron.data.sampler import Sampler
 from copd_megatron.data.stream import PromptStream
 from copd_megatron.errors import DataError
-from copd_megatron.exchange import Exchange, connect
+from copd_megatron.exchange import Exchange
 from copd_megatron.objectives.branch_loss import branch_loss
 from copd_megatron.objectives.drift import drift_stats
 from copd_megatron.objectives.settings import LossSettings
@@ -30,8 +29,11 @@ from copd_megatron.run_folder import RunFolder
 from copd_megatron.spokesman import Spokesman
 
 
-def open_branch(run: str, name: str, store: str, resume: int) -> Branch:
-    """This rank's part of branch `name`, at checkpoint `resume` (0: the base). Called by every rank of the gang."""
+def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> Branch:
+    """This rank's part of branch `name`, at checkpoint `resume` (0: the base). Called by every rank of the gang.
+
+    Rank 0 brings the `exchange`.
+    """
     torch.set_num_threads(1)
     folder = RunFolder(run)
     config = folder.config()
@@ -48,11 +50,8 @@ def open_branch(run: str, name: str, store: str, resume: int) -> Branch:
         actor, probe = _open_actor(config, name)
         for capability, position in (state or {}).get("streams", {}).items():
             actor.streams[capability].load_state_dict(position)
-    if dist.get_rank() == 0:
-        host, port = store.rsplit(":", 1)
-        exchange = Exchange(
-            connect(host, int(port)), name, [branch.name for branch in config.branches], config.teacher.wait_seconds
-        )
+    if exchange is not None:
+        exchange.know([branch.name for branch in config.branches], config.teacher.wait_seconds)
         tensorboard = folder.path / "tensorboard" / name if config.log.tensorboard else None
         spokesman = Spokesman(exchange, folder.branch(name), tensorboard)
         spokesman.resume(resume)

@@ -56,12 +56,11 @@ class Spokesman:
         """Make the metrics survive a power cut."""
         self._metrics.sync()
 
-    def end(self, ending: str) -> None:
-        """Leave the last word and close the files."""
+    def close(self, ending: str) -> None:
+        """Show the ending and close the files."""
         self.say(state="failed" if ending.startswith("failed") else "done")
         self._metrics.close()
         self.timeline.close()
-        self._exchange.end(ending)
 
     def _activity(self, activity: Activity | None) -> None:
         if activity is not None:

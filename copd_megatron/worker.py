@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 
 from copd_megatron.errors import CopdError, Interrupted
@@ -26,27 +27,33 @@ def main() -> int:
 
     platform.prepare()
 
+    from copd_megatron.exchange import connect
     from copd_megatron.opening import open_branch
     from copd_megatron.rhythm import FixedRhythm
     from copd_megatron.train import train
 
-    branch = open_branch(arguments.run_dir, arguments.branch, arguments.store, arguments.resume)
-    rhythm = branch.config.rhythm
+    host, port = arguments.store.rsplit(":", 1)
+    exchange = connect(host, int(port), arguments.branch) if int(os.environ.get("RANK", "0")) == 0 else None
+    branch = None
     try:
+        branch = open_branch(arguments.run_dir, arguments.branch, exchange, arguments.resume)
+        rhythm = branch.config.rhythm
         train(branch, FixedRhythm(rhythm.cycles, rhythm.explore_steps, rhythm.exchange_steps))
         branch.export()
+        ending = "done"
     except Interrupted:
-        branch.end("interrupted")
-        return 0
+        ending = "interrupted"
     except CopdError as error:
-        branch.end(f"failed: {error}")
         logging.getLogger(__name__).error("%s", error)
-        return 1
+        ending = f"failed: {error}"
     except BaseException as error:
-        branch.end(f"failed: {type(error).__name__}: {error}")
-        raise
-    branch.end("done")
-    return 0
+        logging.getLogger(__name__).exception("branch %s", arguments.branch)
+        ending = f"failed: {type(error).__name__}: {error}"
+    if branch is not None:
+        branch.close(ending)
+    if exchange is not None:
+        exchange.end(ending)
+    return int(ending.startswith("failed"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from copd_megatron.errors import PeerLost, WeightsError
-from copd_megatron.exchange import Exchange, Supervision, connect, serve
+from copd_megatron.exchange import Supervision, connect, serve
 from copd_megatron.snapshots import Snapshots
 
 NAMES = ["text", "image"]
@@ -20,7 +20,9 @@ def conductor():
 
 
 def branch(conductor, name, wait_seconds=20.0):
-    return Exchange(connect(conductor.host, conductor.port), name, NAMES, wait_seconds)
+    exchange = connect(conductor.host, conductor.port, name)
+    exchange.know(NAMES, wait_seconds)
+    return exchange
 
 
 def test_store_listens_on_the_given_address_alone(conductor):

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import yaml
+from tiny_run import Command
 
 from copd_megatron.data.prompts import load_processor
 
@@ -71,6 +72,23 @@ def test_run_directory_of_another_configuration_is_refused_with_the_difference(u
     )
     assert done.returncode == 2
     assert "optimizer.lr: 0.001 -> 0.5" in done.stderr
+
+
+def test_missing_base_is_refused_before_anything_starts(tmp_path):
+    command = Command(tmp_path, tmp_path / "no_such_base")
+    status, output = command.finish()
+    assert status == 2
+    assert "no_such_base is not a Hugging Face folder" in output
+    assert not command.run.exists()
+
+
+def test_branch_that_cannot_start_tells_the_reason(tmp_path, base):
+    config = {"branches": [{"name": "text", "data": {"mini": {"modality": "text"}}, "parallel": {"world": 1}}]}
+    command = Command(tmp_path, base, **config, topology="none", data={"max_prompt_tokens": 3})
+    status, output = command.finish()
+    assert status == 1
+    assert "no validation prompt can be used" in output
+    assert "prompt too long" in output
 
 
 @pytest.mark.parametrize(("branch", "phase"), [("text", "explore"), ("image", "exchange")])
