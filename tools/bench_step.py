@@ -173,7 +173,7 @@ def main() -> None:
 
     from copd_megatron.data.mini.model import build
 
-    console = Console()
+    console = Console(width=max(Console().width, 130))  # eleven columns
     draw = random.Random(0)
     texts = [
         draw.choice(("sum", "dif", "srt", "max")) + " " + "".join(str(draw.randrange(10)) for _ in range(4)) + "="
