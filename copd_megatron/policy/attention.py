@@ -21,6 +21,9 @@ from copd_megatron.policy.packed import Segments
 SHORT = 64
 """Sequences up to this length may share a call whatever their lengths: a call costs more than the padding."""
 
+FEW_KEYS = 2 * SHORT
+"""On a CPU, attention under a mask to no more keys than this is faster with all its scores in memory at once."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -51,8 +54,9 @@ class Rows:
 class Attend:
     """One call of `scaled_dot_product_attention`: `queries` pick the tokens that ask, `keys` those that answer.
 
-    Either is an index int64 [rows * width], or a slice where it would count on by one. `mask` bool [rows, 1, queries,
-    keys] is True where attention is allowed; None where the shape and `causal` decide.
+    Either is an index int64 [rows * width], or a slice where it would count on by one. `mask` [rows, 1, queries, keys]
+    is bool, True where attention is allowed, or, for few keys, what is added to the scores (0 or -inf); None where the
+    shape and `causal` decide.
     """
 
     rows: int
@@ -67,10 +71,25 @@ class Attend:
             _pick(tokens, which).view(self.rows, -1, *tokens.shape[1:]).transpose(1, 2)
             for tokens, which in ((query, self.queries), (key, self.keys), (value, self.keys))
         )
-        attended = F.scaled_dot_product_attention(
-            q, k, v, self.mask, is_causal=self.causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        if self.mask is not None and self.mask.is_floating_point():
+            attended = _few_keys_attention(q, k, v, self.mask, scale)
+        else:
+            attended = F.scaled_dot_product_attention(
+                q, k, v, self.mask, is_causal=self.causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
         return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _few_keys_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None) -> Tensor:
+    """`scaled_dot_product_attention` in two batched products; the heads that share a key are so many more queries."""
+    rows, heads, queries, size = query.shape
+    groups, keys = key.shape[1:3]
+    batch, asking = rows * groups, heads // groups * queries
+    asked = query.reshape(batch, asking, size)
+    key, value = (each.reshape(batch, keys, size) for each in (key, value))
+    spread = bias.to(query.dtype).expand(rows, heads, queries, keys).reshape(batch, asking, keys)
+    scores = torch.baddbmm(spread, asked, key.transpose(1, 2), alpha=size**-0.5 if scale is None else scale)
+    return torch.bmm(scores.softmax(-1), value).view(rows, heads, queries, size)
 
 
 def _pick(tokens: Tensor, which: Tensor | slice) -> Tensor:
@@ -101,7 +120,10 @@ class AttentionPlan:
             unpack[queries.token[queries.real]] = slots + queries.real.flatten().nonzero().flatten()
             slots += queries.real.numel()
             asks, answers = (_slice_or_index(tokens.flatten(), device) for tokens in (queries.token, keys))
-            mask = None if mask is None else mask[:, None].to(device)
+            if mask is not None:
+                if device.type == "cpu" and mask.shape[-1] <= FEW_KEYS:
+                    mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+                mask = mask[:, None].to(device)
             calls.append(Attend(len(queries.token), asks, answers, mask, causal))
 
         for rows in _similar(segments.prompt_lengths):

@@ -21,16 +21,17 @@ class _Rotate(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1)
+        return rotated(x, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, sin, -1), None, None
+        return rotated(grad, cos, sin, -1), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """`rotate` without gradient; `direction` -1 turns back."""
     first, second = x.chunk(2, dim=-1)
     rotated = x * cos
     rotated_first, rotated_second = rotated.chunk(2, dim=-1)

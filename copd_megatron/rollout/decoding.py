@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from copd_megatron.rollout.decoder import Decoder
 from copd_megatron.rollout.kv_cache import roomy_cache
 from copd_megatron.rollout.prompt_batch import PromptBatch
 from copd_megatron.rollout.sampling import choose, token_logprobs
@@ -47,8 +48,8 @@ class Rows:
         return Rows(self.cache, self.hidden[rows], self.position[rows], mask)
 
 
-def prefill(model: Qwen3VLForConditionalGeneration, batch: PromptBatch) -> Rows:
-    """Compute prompts, images included: one row each, ready for the first token of the response."""
+def prefill(model: Qwen3VLForConditionalGeneration, batch: PromptBatch, room: int) -> Rows:
+    """Compute prompts, images included: one row each, ready for a response of about `room` tokens."""
     language = model.model.language_model
     embeddings = language.embed_tokens(batch.token_ids)
     visual: dict[str, Any] = {}
@@ -58,7 +59,7 @@ def prefill(model: Qwen3VLForConditionalGeneration, batch: PromptBatch) -> Rows:
         is_image = batch.token_ids == model.config.image_token_id
         embeddings = embeddings.masked_scatter(is_image[..., None], features.pooler_output.to(embeddings))
         visual = {"visual_pos_masks": is_image, "deepstack_visual_embeds": features.deepstack_features}
-    cache = roomy_cache(len(language.layers))
+    cache = roomy_cache(len(language.layers), room)
     hidden = language(
         inputs_embeds=embeddings,
         attention_mask=batch.mask,
@@ -71,7 +72,7 @@ def prefill(model: Qwen3VLForConditionalGeneration, batch: PromptBatch) -> Rows:
 
 
 def sample(
-    model: Qwen3VLForConditionalGeneration, rows: Rows, uniform: torch.Tensor, sampling: Sampling
+    model: Qwen3VLForConditionalGeneration, decoder: Decoder, rows: Rows, uniform: torch.Tensor, sampling: Sampling
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sample behind `rows`, each a rollout of its own, until a stop token or `max_new_tokens`.
 
@@ -85,9 +86,10 @@ def sample(
     stop = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=uniform.device)
     place = torch.arange(count, device=uniform.device)
     going = torch.ones(count, dtype=torch.bool, device=uniform.device)
+    cos, sin = decoder.angles(rows.position[:, None] + torch.arange(steps, device=uniform.device))
     mask = rows.mask
     if mask is not None:
-        mask = torch.cat([mask, mask.new_ones(count, steps)], dim=1)[:, None, None]
+        mask = torch.cat([mask, mask.new_ones(count, steps)], dim=1)
     columns = rows.cache.get_seq_length()
     for step in range(steps):
         chosen, values = choose(model.lm_head(rows.hidden), uniform[place, step], sampling)
@@ -103,9 +105,10 @@ def sample(
         if left <= KEPT_SHARE * len(going):
             kept = going.nonzero()[:, 0]
             rows, place, going, chosen = rows.select(kept), place[kept], going[kept], chosen[kept]
+            cos, sin = cos[kept], sin[kept]
             mask = None if mask is None else mask[kept]
-        seen = None if mask is None else mask[..., : columns + step + 1]
-        rows.hidden = _extend(model, rows, chosen[:, None], seen)[:, 0]
+        seen = None if mask is None else mask[:, : columns + step + 1]
+        rows.hidden = decoder.step(chosen, (cos[:, step], sin[:, step]), rows.cache, seen)
     return tokens.cpu(), logprobs.cpu(), lengths.cpu()
 
 

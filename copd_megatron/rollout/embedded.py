@@ -16,6 +16,7 @@ import torch
 
 from copd_megatron.errors import WeightsError
 from copd_megatron.rollout import decoding
+from copd_megatron.rollout.decoder import Decoder
 from copd_megatron.rollout.hf_module import WeightLoader, open_module, open_tokenizer
 from copd_megatron.rollout.prompt_batch import check_prompt, check_tokens, prompt_batch
 from copd_megatron.rollout.sampling import check_sampling, random_numbers
@@ -47,6 +48,7 @@ class EmbeddedEngine:
         self.version = -1
         self.model: Any = open_module(Path(model_dir), dtype).to(device)
         self.tokenizer: Any = open_tokenizer(Path(model_dir))
+        self._decoder = Decoder(self.model.model.language_model)
         self._loader = WeightLoader(self.model)
         self._max_rows = max_rows
         self._device = torch.device(device)
@@ -78,8 +80,8 @@ class EmbeddedEngine:
         for chunk in _chunks(prompts, [n] * len(prompts), self._max_rows):
             places = [index * n + sample for index in chunk for sample in range(n)]
             with torch.inference_mode():
-                rows = self._prefill([prompts[index] for index in chunk], [n] * len(chunk))
-                tokens, logprobs, lengths = decoding.sample(self.model, rows, uniform[places], sampling)
+                rows = self._prefill([prompts[index] for index in chunk], [n] * len(chunk), sampling.max_new_tokens)
+                tokens, logprobs, lengths = decoding.sample(self.model, self._decoder, rows, uniform[places], sampling)
             for place, ids, values, length in zip(places, tokens.tolist(), logprobs, lengths.tolist(), strict=True):
                 # A copy made outside inference mode: the trainer's graph cannot hold an inference tensor.
                 responses[place] = ids[:length], values[:length].clone()
@@ -106,7 +108,8 @@ class EmbeddedEngine:
             indices = [index for prompt in chunk for index in members[prompt]]
             responses = [rollouts[index].token_ids for index in indices]
             with torch.inference_mode():
-                rows = self._prefill([prompts[prompt] for prompt in chunk], [len(members[prompt]) for prompt in chunk])
+                copies, room = [len(members[prompt]) for prompt in chunk], max(map(len, responses))
+                rows = self._prefill([prompts[prompt] for prompt in chunk], copies, room)
                 parts = decoding.score(self.model, rows, responses, top_k, temperature)
             for index, (logprobs, ids, top) in zip(indices, zip(*parts, strict=True), strict=True):
                 results[index] = TeacherScores(self.name, self.version, logprobs.clone(), ids.clone(), top.clone())
@@ -118,9 +121,10 @@ class EmbeddedEngine:
         for prompt in prompts:
             check_prompt(prompt, self.model.config)
 
-    def _prefill(self, prompts: Sequence[Prompt], copies: Sequence[int]) -> decoding.Rows:
-        """Compute each prompt once; the result has `copies[i]` rows of prompt i, next to each other."""
-        rows = decoding.prefill(self.model, prompt_batch(prompts, self.model.model, self._device))
+    def _prefill(self, prompts: Sequence[Prompt], copies: Sequence[int], room: int) -> decoding.Rows:
+        """Compute each prompt once; the result has `copies[i]` rows of prompt i, next to each other, for responses of
+        up to `room` tokens."""
+        rows = decoding.prefill(self.model, prompt_batch(prompts, self.model.model, self._device), room)
         numbers = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies))
         return rows.select(numbers.to(self._device))
 

@@ -111,4 +111,7 @@ def weights_of(policy: Any) -> dict[str, torch.Tensor]:
 def worst_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """Largest difference of two tensors of a name, relative to the largest entry of the second."""
     assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max() / other[name].abs().max().clamp(min=1e-6)) for name in one)
+    with torch.no_grad():
+        return max(
+            float((one[name] - other[name]).abs().max() / other[name].abs().max().clamp(min=1e-6)) for name in one
+        )

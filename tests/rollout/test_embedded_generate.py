@@ -127,9 +127,9 @@ def test_no_more_rows_than_allowed_are_computed_at_a_time(
     sample, score = decoding.sample, decoding.score
 
     def counted(call: Any) -> Any:
-        def pass_through(model: Any, in_progress: decoding.Rows, *arguments: Any) -> Any:
-            rows.append(len(in_progress.hidden))
-            return call(model, in_progress, *arguments)
+        def pass_through(*arguments: Any) -> Any:
+            rows.extend(len(argument.hidden) for argument in arguments if isinstance(argument, decoding.Rows))
+            return call(*arguments)
 
         return pass_through
 

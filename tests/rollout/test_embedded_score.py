@@ -99,9 +99,9 @@ def test_a_prompt_is_computed_once_for_all_its_rollouts(
     computed: list[int] = []
     prefill = decoding.prefill
 
-    def counted(model: Any, batch: PromptBatch) -> decoding.Rows:
+    def counted(model: Any, batch: PromptBatch, room: int) -> decoding.Rows:
         computed.append(len(batch.token_ids))
-        return prefill(model, batch)
+        return prefill(model, batch, room)
 
     monkeypatch.setattr(decoding, "prefill", counted)
     teacher.score(rollouts, 1, 1.0)
