@@ -9,7 +9,7 @@ import yaml
 from copd_megatron.config import RunConfig, save_config
 from copd_megatron.config.load import check, differences
 from copd_megatron.errors import ConfigError
-from copd_megatron.policy.checkpoint import valid_steps
+from copd_megatron.policy.manifest import valid_steps
 
 
 class RunFolder:

@@ -80,6 +80,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"merge.weights: expected one weight for each of {names}, found {sorted(self.merge.weights)}"
             )
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if longest > self.precision.max_tokens_per_microbatch:
+            raise ValueError(
+                f"precision.max_tokens_per_microbatch = {self.precision.max_tokens_per_microbatch} does not hold the "
+                f"longest sequence: raise it to {longest}, or lower data.max_prompt_tokens = "
+                f"{self.data.max_prompt_tokens} or rollout.max_new_tokens = {self.rollout.max_new_tokens}"
+            )
         for branch in self.branches:
             parallel = branch.parallel
             if parallel.world % (parallel.tp * parallel.pp):

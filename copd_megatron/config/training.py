@@ -106,7 +106,7 @@ class PrecisionConfig(Section):
 
     params: Literal["fp32", "bf16"] = "bf16"
     """Format of weights and activations; master weights and gradients are fp32 either way."""
-    max_tokens_per_microbatch: int = Field(16_384, ge=1)
+    max_tokens_per_microbatch: int = Field(32_768, ge=1)
     """Packed tokens that go through the policy at once."""
 
 

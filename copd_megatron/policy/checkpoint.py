@@ -88,7 +88,7 @@ def save(policy: Policy, folder: str | os.PathLike[str], state: dict[str, Any]) 
     try:
         _on_first_rank(lambda: _empty(temporary))
         has_moments = any(_together(lambda: any(len(part.state) for part in policy.optimizer.chained_optimizers)))
-        _write_tensors(_sharded_state(policy, has_moments, loading=False), temporary)
+        write_tensors(_sharded_state(policy, has_moments, loading=False), temporary)
         content = {
             "version": policy.version,
             "skipped_in_a_row": policy.skipped_in_a_row,
@@ -206,7 +206,7 @@ def _sharded_state(policy: Policy, moments: bool, loading: bool) -> dict[str, An
     return state
 
 
-def _write_tensors(state: dict[str, Any], folder: Path) -> None:
+def write_tensors(state: dict[str, Any], folder: Path) -> None:
     """`dist_checkpointing.save` ("torch_dist"), but in this process.
 
     megatron-core's own writer forks a process per file and keeps a manager process for their results, which outlives a

@@ -50,7 +50,7 @@ def to_megatron(hf_dir: Path, ckpt_dir: Path, overwrite: bool = False) -> None:
         models = build_model(hf_dir, Layout(), precision)
         mapping.to_megatron(dict(source.tensors()), models)
         with _explained(f"{ckpt_dir}: could not be written", "it is as it was before"):
-            checkpoint._write_tensors(_sharded(models), folder)
+            checkpoint.write_tensors(_sharded(models), folder)
         (folder / HF_FILES).mkdir()
         copy_model_files(hf_dir, folder / HF_FILES)
     logger.info("wrote %s as a Megatron checkpoint (%s) to %s", hf_dir, precision, ckpt_dir)

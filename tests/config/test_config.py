@@ -54,6 +54,7 @@ def test_unknown_key_names_the_nearest_valid_one(tmp_path):
         (["topology=star"], "unknown preset 'star'"),
         (["rhythm.explore_steps=0", "rhythm.exchange_steps=0"], "nothing would be trained"),
         (["rl.prompts"], "expected key=value"),
+        (["data.max_prompt_tokens=16385"], "raise it to 32769"),
         (["opd.top_k=4", "log.overlap_k=5"], "raise opd.top_k = 4 or lower log.overlap_k"),
     ],
 )
