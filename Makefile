@@ -15,10 +15,10 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow test-all lint demo bench clean
+.PHONY: help env test test-slow test-all lint demo layouts bench bench-growth clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(READY) ## create .venv with the pinned packages (again only if they changed)
 
@@ -53,8 +53,15 @@ demo: env ## two branches co-evolve on the mini suite (SEED=0)
 	$(BIN)/python tools/mini_base.py --seed $(SEED)
 	$(BIN)/copd train configs/mini/text_image.yaml seed=$(SEED)
 
-bench: $(BENCH_READY) ## time of a GRPO and an OPD step, beside TRL's
-	$(BIN)/python tools/bench_step.py
+layouts: env ## every parallel layout beside one process
+	$(BIN)/python tools/layouts.py
+
+bench: $(BENCH_READY) ## time of a step beside TRL's, and of an update beside transformers'
+	$(BIN)/python tools/bench_step.py --out docs/benchmarks/bench_step.json
+	$(BIN)/python tools/bench_reference.py --json docs/benchmarks/bench_reference.json --limit 1.1
+
+bench-growth: env ## tokens per second and memory by processes and by length
+	$(BIN)/python tools/bench_growth.py --json docs/benchmarks/growth.json --doc docs/performance.md
 
 clean: ## remove .venv and caches; runs/ is kept
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

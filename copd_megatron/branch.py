@@ -14,14 +14,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from copd_megatron.actor import Actor
+from copd_megatron.checkpointer import Checkpointer
 from copd_megatron.config import RunConfig
 from copd_megatron.errors import Interrupted
 from copd_megatron.observe.timeline import Activity
-from copd_megatron.policy import checkpoint, layout
+from copd_megatron.policy import layout
 from copd_megatron.policy.batching import NATIVE, Sample
 from copd_megatron.policy.schedule import Loss, Measure, over_replicas
 from copd_megatron.policy.trainer import Policy
 from copd_megatron.probe import Probe
+from copd_megatron.resume import rank_state
 from copd_megatron.rhythm import Step
 from copd_megatron.rollout.types import Rollout
 from copd_megatron.run_folder import RunFolder
@@ -47,6 +49,7 @@ class Branch:
         actor: Actor | None,
         probe: Probe | None,
         spokesman: Spokesman | None,
+        checkpointer: Checkpointer,
     ) -> None:
         self.config = config
         self.own = name
@@ -58,6 +61,7 @@ class Branch:
         self._actor = actor
         self._probe = probe
         self._spokesman = spokesman
+        self._checkpointer = checkpointer
         self._snapshots = Snapshots(folder.snapshots)
         self._step = Step(0, 0, "explore", 0, 1)
         self._teacher_version: int | None = None
@@ -85,6 +89,7 @@ class Branch:
         goes_on = self._from_rank_0(self._spokesman.begin(step) if self._spokesman else None)
         if not goes_on:
             self._save()
+            self._checkpointer.wait()
             raise Interrupted(f"stopped before update {step.number}")
 
     def rollouts(self, capability: str, prompts: int) -> list[Rollout]:
@@ -148,16 +153,18 @@ class Branch:
         self._write(trained, Tally.total(over_replicas(tally)))
 
     def settle(self) -> None:
-        """After an update: measure drift and save, where that is due."""
+        """After an update: measure drift and save, where that is due; see how far the last checkpoint is."""
         step = self._step
         if step.closes_phase or self.version % self.config.log.probe_every == 0:
             self._measure(step.cycle)
         every = self.config.checkpoint.every_steps
         if step.closes_phase or (every and self.version % every == 0):
             self._save()
+        self._checkpointer.poll()
 
     def export(self) -> None:
-        """Write the finished branch as a Hugging Face folder."""
+        """Write the finished branch as a Hugging Face folder, after its last checkpoint."""
+        self._checkpointer.wait()
         weights = dict(self._policy.named_weights())
         if self._spokesman is not None:
             write_folder(self._folder.final(self.own), weights.items(), like=self.config.base, overwrite=True)
@@ -236,17 +243,18 @@ class Branch:
             )
 
     def _save(self) -> None:
-        if self.version in checkpoint.valid_steps(self._folder.checkpoints(self.own)):
-            return
-        streams = {name: stream.state_dict() for name, stream in self._actor.streams.items()} if self._actor else {}
-        if self._spokesman is not None:
-            self._spokesman.say(state="checkpoint")
-            self._spokesman.sync()
-        root = self._folder.checkpoints(self.own)
-        checkpoint.save(self._policy, checkpoint.step_folder(root, self.version), {"streams": streams})
-        checkpoint.prune(root, self.config.checkpoint.keep)
-        if self._spokesman is not None:
-            self._spokesman.say(event=f"checkpoint at step {self.version}")
+        step = self._step
+        done = self.version - (step.number - step.index)
+        position = {"cycle": step.cycle, "phase": step.phase, "phase_step": done, "phase_steps": step.length}
+        frozen = self._teacher_version if self.config.teacher.refresh == "phase" and 0 < done < step.length else None
+        attached = {}
+        if frozen is not None and step.phase == "exchange":
+            # Students go on learning from these weights, and no checkpoint need be of that version.
+            file = self._snapshots.file(self.own, frozen)
+            attached[file.name] = file
+        streams = {name: stream.state_dict() for name, stream in self._actor.streams.items()} if self._actor else None
+        state = rank_state(layout.data_parallel_rank(), streams) | {"teacher_version": self._teacher_version}
+        self._checkpointer.save({**position, "rhythm": self.config.rhythm.model_dump(mode="json")}, state, attached)
 
     # ------------------------------------------------------------------ numbers
 

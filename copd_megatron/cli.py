@@ -30,12 +30,19 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 
 @app.command(epilog="Example: copd train configs/mini/text_image.yaml seed=1")
-def train(config: Annotated[Path, typer.Argument(help="Run description (YAML).")], overrides: Overrides = None) -> None:
+def train(
+    config: Annotated[Path, typer.Argument(help="Run description (YAML).")],
+    overrides: Overrides = None,
+    resume_from: Annotated[
+        int | None,
+        typer.Option(help="Go on from the checkpoint of this step, and forget later ones; 0 is the base.", min=0),
+    ] = None,
+) -> None:
     """Train the branches, merge them, evaluate, report. Continues a run directory that has a checkpoint."""
     from copd_megatron.conductor import run
     from copd_megatron.config import RunConfig, load_config
 
-    run(load_config(config, overrides or [], RunConfig), Console())
+    run(load_config(config, overrides or [], RunConfig), Console(), resume_from)
 
 
 @app.command(epilog="Example: copd sft configs/mini/base.yaml seed=1")

@@ -1,7 +1,7 @@
 """`copd train`: starts one gang per branch, watches, shows progress, merges, evaluates, reports.
 
 The conductor holds no model and takes no part in training; if it is started again on the same run directory it goes on
-from the newest step at which every branch has a checkpoint.
+from the newest checkpoint of all branches together.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from copd_megatron.observe.pace import RunPlan
 from copd_megatron.observe.progress import Progress
 from copd_megatron.observe.report import build_report
 from copd_megatron.observe.status import BranchStatus
+from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
+from copd_megatron.run_lock import conductor_lock
 from copd_megatron.weights.merge import merge_folders
 
 log = logging.getLogger(__name__)
@@ -35,20 +37,33 @@ log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25
 
 
-def run(config: RunConfig, console: Console) -> None:
-    """Do whatever of the run is not done yet. Raises CopdError with the reason if it cannot be finished."""
+def run(config: RunConfig, console: Console, resume_from: int | None = None) -> None:
+    """Do whatever of the run is not done yet. Raises CopdError with the reason if it cannot be finished.
+
+    It goes on from the newest checkpoint, or from that of step `resume_from`, whose successors are forgotten then.
+    """
     if not (Path(config.base) / "config.json").is_file():
         raise ConfigError(
             f"base: {config.base} is not a Hugging Face folder (no config.json); the mini configs' base is made by "
             f"`python tools/mini_base.py --seed {config.seed}`"
         )
     folder = RunFolder(config.run_dir)
-    folder.open(config)
+    changes = folder.open(config)
     names = [branch.name for branch in config.branches]
-    with _log_file(folder.log):
+    with conductor_lock(folder.path), _log_file(folder.log):
         record_environment(folder.path)
-        if not all((folder.final(name) / "config.json").exists() for name in names):
-            _train(config, folder, names, console)
+        finished = all((folder.final(name) / "config.json").exists() for name in names)
+        if finished and resume_from is not None:
+            raise ConfigError(
+                f"--resume-from {resume_from}: {folder.path} is trained to the end. To train its last part again, "
+                "remove branches/*/final, merged and evaluation.json there"
+            )
+        if not finished:
+            start = _starting_point(config, folder, names, resume_from)
+            if changes:
+                folder.adopt(config)
+                console.print("continuing with other settings (before -> now): " + "; ".join(changes))
+            _train(config, folder, names, start, console)
         if not folder.merged.exists():
             weights = [config.merge.weights[name] for name in names] if config.merge.weights else None
             merge_folders(
@@ -65,10 +80,30 @@ def run(config: RunConfig, console: Console) -> None:
         console.print(f"report: {build_report(folder.path)}")
 
 
-def _train(config: RunConfig, folder: RunFolder, names: list[str], console: Console) -> None:
-    start = folder.common_step(names)
+def _starting_point(config: RunConfig, folder: RunFolder, names: list[str], resume_from: int | None) -> int:
+    """The step to go on from, with everything cleared away that does not lead up to it.
+
+    A damaged checkpoint is refused, not passed over: to lose what came after an older one is the user's decision.
+    """
+    checkpoints = RunCheckpoints(folder, names)
+    steps = checkpoints.steps()
+    start = checkpoints.newest() if resume_from is None else resume_from
+    if start and start not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise ConfigError(f"--resume-from {start}: {folder.path} has no such checkpoint; there are: {there} (0: base)")
+    if start:
+        checkpoints.require(start, config)
+        checkpoints.restore_teachers(start)
+    checkpoints.forget_after(start)
+    for name in names:
+        checkpoints.clear(name)
+    return start
+
+
+def _train(config: RunConfig, folder: RunFolder, names: list[str], start: int, console: Console) -> None:
     if start:
         console.print(f"{folder.path}: continuing from step {start}")
+    checkpoints = RunCheckpoints(folder, names)
     store = serve()
     supervision = Supervision(store, names)
     gangs = {
@@ -93,8 +128,8 @@ def _train(config: RunConfig, folder: RunFolder, names: list[str], console: Cons
     if all(ending == "done" for ending in endings.values()):
         return
     if all(ending in ("done", "interrupted") for ending in endings.values()):
-        raise Interrupted(f"stopped; the same command continues from step {folder.common_step(names)}")
-    raise CopdError(_explain(endings, gangs, folder.common_step(names)))
+        raise Interrupted(f"stopped; the same command continues from step {checkpoints.newest()}")
+    raise CopdError(_explain(endings, gangs, checkpoints.newest()))
 
 
 def _watch(gangs: dict[str, Gang], supervision: Supervision, progress: Progress, stop: _StopRequest) -> None:
@@ -130,7 +165,8 @@ def _explain(endings: dict[str, str], gangs: dict[str, Gang], step: int) -> str:
     lines = [f"branch {name}: {ending} (log: {gangs[name].log})" for name, ending in endings.items()]
     silent = [name for name, ending in endings.items() if ending.startswith("died")]
     lines += [f"--- end of {gangs[name].log}\n{gangs[name].last_words()}" for name in silent]
-    lines.append(f"The same command continues from step {step}.")
+    if not any("--resume-from" in ending for ending in endings.values()):
+        lines.append(f"The same command continues from step {step}.")
     return "\n".join(lines)
 
 

@@ -18,13 +18,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
+from copd_megatron.policy import fp8
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 GIB = 2**30
 ENOUGH_MEMORY_GIB = 4.0
 ENOUGH_DISK_GIB = 5.0
-FP8_CAPABILITY = (8, 9)
 
 Status = Literal["ok", "limited", "missing"]
 
@@ -62,7 +63,7 @@ def diagnose(folder: str | os.PathLike[str] = ".") -> list[Finding]:
         _megatron(),
         _optimizer(bool(gpus)),
         _transformer_engine(bool(gpus)),
-        _fp8(gpus),
+        *_fp8(gpus),
         _sglang(),
         _math_verify(),
     ]
@@ -211,6 +212,7 @@ def _megatron() -> Finding:
 
 def optimizer_of_megatron() -> str:
     """Where megatron-core takes Adam from: the first that can be imported, as in `megatron.core.optimizer`."""
+    _load("torch")  # first: Transformer Engine finds its libraries through it
     for module in ("transformer_engine.pytorch.optimizers", "apex.optimizers"):
         if _load(module)[0] is not None:
             return module
@@ -218,13 +220,16 @@ def optimizer_of_megatron() -> str:
 
 
 def _optimizer(has_gpu: bool) -> Finding:
+    names = {
+        "transformer_engine.pytorch.optimizers": "Transformer Engine's FusedAdam",
+        "apex.optimizers": "Apex's FusedAdam",
+        "torch.optim": "torch's AdamW, fused",
+    }
     origin = optimizer_of_megatron()
-    if origin != "torch.optim":
-        return Finding("optimizer", "ok", f"FusedAdam of {origin.split('.')[0]}")
-    if has_gpu:
+    if has_gpu and origin == "torch.optim":
         remedy = "pip install -e '.[gpu]' (Transformer Engine's FusedAdam)"
-        return Finding("optimizer", "limited", "torch's AdamW: correct, slower than a fused one", remedy)
-    return Finding("optimizer", "ok", "torch's AdamW")
+        return Finding("optimizer", "limited", f"{names[origin]}: one call per parameter group", remedy)
+    return Finding("optimizer", "ok", names[origin])
 
 
 def _transformer_engine(has_gpu: bool) -> Finding:
@@ -234,23 +239,38 @@ def _transformer_engine(has_gpu: bool) -> Finding:
             detail = "not installed: plain attention, no FP8"
             return Finding(what, "missing", detail, "pip install -e '.[gpu]'")
         return Finding(what, "missing", "not installed: only of use on a GPU")
+    _load("torch")
     module, problem = _load("transformer_engine.pytorch")
     if module is None:
         return Finding(what, "limited", f"{version}: {problem}", "pip install --force-reinstall -e '.[gpu]'")
     return Finding(what, "ok", version)
 
 
-def _fp8(gpus: list[Gpu]) -> Finding:
+def _fp8(gpus: list[Gpu]) -> list[Finding]:
+    """One finding per recipe where there is a GPU; the weakest of the GPUs decides."""
     if not gpus:
-        return Finding("FP8", "missing", "no GPU: training is in float32 or bfloat16")
-    without = sorted({gpu.name for gpu in gpus if gpu.capability < FP8_CAPABILITY})
-    if without:
-        wanted = "{}.{}".format(*FP8_CAPABILITY)
-        detail = f"{', '.join(without)} has no FP8 units: training is in bfloat16"
-        return Finding(
-            "FP8", "missing", detail, f"GPUs of compute capability {wanted} or higher (Ada, Hopper, Blackwell)"
-        )
-    return Finding("FP8", "ok", "every GPU has FP8 units")
+        return [Finding("FP8", "missing", "no GPU: training is in float32 or bfloat16")]
+    torch, problem = _load("torch")
+    if torch is None:
+        return [Finding("FP8", "missing", f"not checked: {problem}", "make env")]
+    machine = fp8.Machine(
+        capability=min(gpu.capability for gpu in gpus),
+        engine=fp8.transformer_engine(load=True),
+        cuda=fp8.major_minor(torch.version.cuda) if torch.version.cuda else None,
+    )
+    return [_fp8_recipe(recipe, machine, gpus) for recipe in fp8.RECIPES]
+
+
+def _fp8_recipe(recipe: fp8.Recipe, machine: fp8.Machine, gpus: list[Gpu]) -> Finding:
+    what, needs, problem = f"FP8 {recipe}", fp8.NEEDS[recipe], fp8.why_not(recipe, machine)
+    if problem is None:
+        return Finding(what, "ok", f"usable: precision.fp8={recipe}")
+    weak = sorted({gpu.name for gpu in gpus if gpu.capability < needs.capability})
+    if weak:
+        wanted = "{}.{}".format(*needs.capability)
+        return Finding(what, "missing", f"{', '.join(weak)}: {problem}", f"GPUs of compute capability {wanted} or more")
+    cuda = "{}.{}".format(*needs.cuda)
+    return Finding(what, "missing", problem, f"pip install -e '.[gpu]', with a torch for CUDA {cuda} or newer")
 
 
 def _sglang() -> Finding:

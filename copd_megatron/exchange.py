@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from torch.distributed import Store, TCPStore
@@ -63,6 +63,30 @@ class Exchange:
         """Return when every branch has reached `point`. Raises PeerLost if one is gone or takes too long."""
         self._store.set(f"met/{point}/{self.me}", "1")
         self._await([f"met/{point}/{peer}" for peer in self.peers], f"reach {point!r}")
+
+    def saved(self, step: int, entry: str) -> None:
+        """Say that this branch's part of the checkpoint of `step` is on disk, and what the run's manifest needs."""
+        self._store.set(f"saved/{step}/{self.me}", entry)
+
+    def commit(self, step: int, write: Callable[[dict[str, str]], None], wait: bool) -> bool:
+        """Whether the run's checkpoint of `step` counts.
+
+        The first branch to see that all parts are on disk calls `write` with every branch's entry. With `wait` the
+        answer is yes, or PeerLost if a branch is gone or takes too long.
+        """
+        names = sorted([self.me, *self.peers])
+        keys = [f"saved/{step}/{name}" for name in names]
+        if wait:
+            self._await(keys, f"save step {step}")
+        elif not all(self._store.check([key]) for key in keys):
+            return False
+        if self._store.add(f"committing/{step}", 1) == 1:
+            write({name: self._store.get(key).decode() for name, key in zip(names, keys, strict=True)})
+            self._store.set(f"committed/{step}/the run", "1")
+            return True
+        if wait:
+            self._await([f"committed/{step}/the run"], f"commit the checkpoint of step {step}")
+        return bool(self._store.check([f"committed/{step}/the run"]))
 
     def _await(self, keys: list[str], what: str) -> None:
         deadline = time.monotonic() + self._wait_seconds

@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from copd_megatron.run_lock import die_with_parent
+
 
 class Gang:
     """`world` ranks of `copd_megatron.worker`, started and watched through torch.distributed.elastic's agent.
 
     Each gang has its own rendezvous and so its own world: a branch can fail without a collective of another noticing.
     The new session keeps a Ctrl-C in the terminal from reaching the ranks; the conductor tells them to stop instead.
+    A conductor that is killed takes the gang with it.
     """
 
     def __init__(self, branch: str, world: int, arguments: list[str], log: Path) -> None:
@@ -43,6 +46,7 @@ class Gang:
                 stdin=subprocess.DEVNULL,
                 env={**environment, **os.environ},
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
 
     def poll(self) -> int | None:

@@ -6,15 +6,17 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
 
 from copd_megatron.actor import Actor, Teacher
 from copd_megatron.branch import Branch
+from copd_megatron.checkpointer import Checkpointer
 from copd_megatron.config import RunConfig
 from copd_megatron.data.capability import Capability, first, open_capability
 from copd_megatron.data.prompts import PromptBuilder, load_processor, stop_token_ids
 from copd_megatron.data.sampler import Sampler
 from copd_megatron.data.stream import PromptStream
-from copd_megatron.errors import DataError
+from copd_megatron.errors import DataError, WeightsError
 from copd_megatron.exchange import Exchange
 from copd_megatron.objectives.branch_loss import branch_loss
 from copd_megatron.objectives.drift import drift_stats
@@ -22,9 +24,11 @@ from copd_megatron.objectives.settings import LossSettings
 from copd_megatron.policy import checkpoint, layout
 from copd_megatron.policy.trainer import Policy
 from copd_megatron.probe import Probe, probe_sampling
+from copd_megatron.resume import State, own_streams
 from copd_megatron.rewards.pool import RewardPool
 from copd_megatron.rollout.embedded import EmbeddedEngine
 from copd_megatron.rollout.types import Prompt, Sampling
+from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.spokesman import Spokesman
 
@@ -38,18 +42,27 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
     folder = RunFolder(run)
     config = folder.config()
     parallel = config.branch(name).parallel
-    degrees = layout.Layout(world=parallel.world, tp=parallel.tp, pp=parallel.pp)
+    degrees = parallel.layout()
     layout.initialize(degrees, config.seed)
 
+    precision = config.precision
     policy = Policy(
-        config.base, degrees, config.optimizer, config.precision.params, config.precision.max_tokens_per_microbatch
+        config.base,
+        degrees,
+        config.optimizer,
+        precision.params,
+        precision.max_tokens_per_microbatch,
+        precision.recompute,
+        precision.fp8_choice(),
     )
-    state = checkpoint.load(policy, checkpoint.step_folder(folder.checkpoints(name), resume)) if resume else None
+    saved = _load(policy, config, folder, name, resume) if resume else None
     actor = probe = spokesman = None
     if layout.is_replica_leader():
         actor, probe = _open_actor(config, name)
-        for capability, position in (state or {}).get("streams", {}).items():
-            actor.streams[capability].load_state_dict(position)
+        if saved is not None:
+            positions = own_streams(saved, layout.data_parallel_rank(), layout.data_parallel_size())
+            for capability, position in positions.items():
+                actor.streams[capability].load_state_dict(position)
     if exchange is not None:
         exchange.know([branch.name for branch in config.branches], config.teacher.wait_seconds)
         tensorboard = folder.path / "tensorboard" / name if config.log.tensorboard else None
@@ -66,7 +79,19 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
         actor,
         probe,
         spokesman,
+        Checkpointer(config, name, folder, policy, spokesman, resume),
     )
+
+
+def _load(policy: Policy, config: RunConfig, folder: RunFolder, name: str, step: int) -> list[State]:
+    """Every rank's state; WeightsError, with the checkpoint that could be used instead, if this one is damaged."""
+    checkpoints = RunCheckpoints(folder, [branch.name for branch in config.branches])
+    try:
+        return checkpoint.load(policy, checkpoints.part(name, step))
+    except WeightsError as error:
+        # One rank looks, and the others wait: the gang ends with its first rank, and the reason would be lost.
+        advice = layout.broadcast_in_gang(checkpoints.advice(step) if dist.get_rank() == 0 else None)
+        raise WeightsError(f"{error}. {advice}") from error
 
 
 def _open_actor(config: RunConfig, name: str) -> tuple[Actor, Probe]:

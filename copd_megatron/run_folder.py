@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from copd_megatron.config import RunConfig, save_config
 from copd_megatron.config.load import check, differences
 from copd_megatron.errors import ConfigError
-from copd_megatron.policy.manifest import valid_steps
+
+FREE = (
+    "run_dir",
+    "log",
+    "checkpoint",
+    "data.reward_workers",
+    "precision.max_tokens_per_microbatch",
+    "rollout.engine",
+    "rollout.max_rows",
+    "teacher.wait_seconds",
+)
+"""What a continued run may change, beside its branches' `parallel`: where and how it computes, not what."""
 
 
 class RunFolder:
@@ -35,28 +47,52 @@ class RunFolder:
         """A branch's finished model, a Hugging Face folder."""
         return self.branch(name) / "final"
 
-    def open(self, config: RunConfig) -> None:
-        """Create the folder, or make sure that it belongs to `config`. Raises ConfigError with the differences."""
+    def open(self, config: RunConfig) -> list[str]:
+        """Create the folder, or make sure that it belongs to `config`; the changes that a continued run may have.
+
+        Raises ConfigError with the differences that would change what is trained.
+        """
         if not self.config_file.exists():
             if self.path.exists() and any(self.path.iterdir()):
                 raise ConfigError(f"{self.path}: not empty and not a run directory; choose another run_dir")
             self.path.mkdir(parents=True, exist_ok=True)
             save_config(config, self.config_file)
-            return
-        old = self.config().model_dump(mode="json")
-        changed = [line for line in differences(old, config.model_dump(mode="json")) if not line.startswith("run_dir:")]
-        if changed:
+            return []
+        old, new = self.config().model_dump(mode="json"), config.model_dump(mode="json")
+        if changed := mathematical_changes(old, new):
             raise ConfigError(
                 f"{self.path} holds a run of another configuration (its value -> the one given):\n  "
                 + "\n  ".join(changed)
                 + "\nGive another run_dir, or the old values to continue that run."
             )
+        return [line for line in differences(_by_name(old), _by_name(new)) if not line.startswith("run_dir:")]
+
+    def adopt(self, config: RunConfig) -> None:
+        """From now on this is the configuration that the run's processes read; `open` has found it to fit."""
+        save_config(config, self.config_file)
 
     def config(self) -> RunConfig:
-        """The configuration that the run was started with."""
+        """The configuration that the run was last started with."""
         return check(yaml.safe_load(self.config_file.read_text()), RunConfig, str(self.config_file))
 
-    def common_step(self, branches: list[str]) -> int:
-        """The newest step at which every branch has a valid checkpoint; 0 without one."""
-        steps = [set(valid_steps(self.checkpoints(name))) for name in branches]
-        return max(set.intersection(*steps), default=0)
+
+def mathematical_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `key: old -> new` for whatever two resolved configurations would train differently."""
+    lines = differences(_by_name(old), _by_name(new))
+    return [line for line in lines if not _is_free(line.split(":", 1)[0])]
+
+
+def _is_free(key: str) -> bool:
+    if key.startswith("branches."):
+        return key.split(".")[2:3] == ["parallel"]
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _by_name(config: dict[str, Any]) -> dict[str, Any]:
+    """Branches as a mapping, so that their differences are named; their order counts (topology, merge)."""
+    branches = config["branches"]
+    return {
+        **config,
+        "branches": {branch["name"]: branch for branch in branches},
+        "order of branches": [branch["name"] for branch in branches],
+    }

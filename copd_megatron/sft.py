@@ -136,9 +136,7 @@ def run(settings: SftSettings) -> None:
             task = progress.add_task("", total=settings.steps, loss="")
             for _ in range(settings.steps):
                 started = time.perf_counter()
-                metrics = policy.update(
-                    batches.draw(), lambda logits, targets, signals: supervised_loss(logits, targets, signals.weight)
-                )
+                metrics = policy.update(batches.draw(), supervised_loss)
                 metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - started)
                 progress.update(task, advance=1, loss=f"loss {metrics['sft/loss']:.3f}")
                 if writer is not None:

@@ -25,7 +25,7 @@ class Snapshots:
 
     def publish(self, branch: str, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Write the Hugging Face named weights that `branch` has after `version` updates."""
-        target = self._file(branch, version)
+        target = self.file(branch, version)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(".tmp")
         save_file({name: tensor.contiguous() for name, tensor in weights}, temporary)
@@ -33,7 +33,7 @@ class Snapshots:
 
     def weights(self, branch: str, version: int) -> Iterator[tuple[str, torch.Tensor]]:
         """The (name, tensor) pairs that `branch` published as `version`. Raises WeightsError if it has not."""
-        file = self._file(branch, version)
+        file = self.file(branch, version)
         if not file.is_file():
             raise WeightsError(f"{file}: branch {branch!r} has not published version {version}")
         with safe_open(file, framework="pt") as tensors:
@@ -42,10 +42,11 @@ class Snapshots:
 
     def forget(self, branch: str, keep: Collection[int]) -> None:
         """Delete what `branch` published except the versions in `keep`."""
-        kept = {self._file(branch, version) for version in keep}
+        kept = {self.file(branch, version) for version in keep}
         for file in (self._folder / branch).glob("version_*"):
             if file not in kept:
                 file.unlink(missing_ok=True)
 
-    def _file(self, branch: str, version: int) -> Path:
+    def file(self, branch: str, version: int) -> Path:
+        """Where the weights of `branch` after `version` updates belong."""
         return self._folder / branch / f"version_{version:07d}.safetensors"

@@ -5,6 +5,8 @@ Only rank 0 of the gang has one.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,16 @@ class Spokesman:
     def write(self, step: int, cycle: int, phase: str, values: dict[str, Any]) -> None:
         """One line of metrics, with what the hardware says."""
         self._metrics.write(step, cycle, phase, **values, **self._telemetry.sample())
+
+    def saved(self, step: int, entry: dict[str, Any]) -> None:
+        """Tell the peers that this branch's part of a checkpoint is on disk."""
+        self._exchange.saved(step, json.dumps(entry))
+
+    def commit(self, step: int, write: Callable[[dict[str, Any]], None], wait: bool) -> bool:
+        """Whether the run's checkpoint of `step` counts; `write` makes it count, on one branch."""
+        return self._exchange.commit(
+            step, lambda entries: write({name: json.loads(entry) for name, entry in entries.items()}), wait
+        )
 
     def say(self, **changes: Any) -> None:
         """Update the status line."""

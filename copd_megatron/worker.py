@@ -9,8 +9,10 @@ import argparse
 import logging
 import os
 import sys
+from pathlib import Path
 
 from copd_megatron.errors import CopdError, Interrupted
+from copd_megatron.run_lock import die_with_parent, hold_worker_lock
 
 
 def main() -> int:
@@ -22,6 +24,9 @@ def main() -> int:
     parser.add_argument("--resume", type=int, required=True, help="checkpoint step to go on from, 0 for the base")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    die_with_parent()
+    hold_worker_lock(Path(arguments.run_dir))
 
     from copd_megatron.policy import platform
 
@@ -49,10 +54,10 @@ def main() -> int:
     except BaseException as error:
         logging.getLogger(__name__).exception("branch %s", arguments.branch)
         ending = f"failed: {type(error).__name__}: {error}"
+    if exchange is not None:  # first of all: when one rank ends with a failure, the others have little time left
+        exchange.end(ending)
     if branch is not None:
         branch.close(ending)
-    if exchange is not None:
-        exchange.end(ending)
     return int(ending.startswith("failed"))
 
 

@@ -32,18 +32,50 @@ def topk_overlap(student_logits: torch.Tensor, teacher_ids: torch.Tensor, k: int
 
     Raises ValueError if the teacher gave fewer than k tokens.
     """
+    check_overlap(k, teacher_ids)
+    return (ranks_of(student_logits, teacher_ids[..., :k]) < k).float().sum(-1) / k
+
+
+def check_overlap(k: int, teacher_ids: torch.Tensor) -> None:
+    """Raises ValueError if the teacher gave fewer than k tokens [T, K]."""
     if not 1 <= k <= teacher_ids.shape[-1]:
         raise ValueError(
             f"overlap@{k}: k must lie between 1 and {teacher_ids.shape[-1]}, the number of tokens the teacher gave; "
             "lower k or ask it for more"
         )
-    vocabulary = torch.arange(student_logits.shape[-1], device=student_logits.device)
-    common = torch.zeros(student_logits.shape[:-1], device=student_logits.device)
-    for ids in teacher_ids[..., :k].split(1, dim=-1):
-        logit = student_logits.gather(-1, ids)
-        before = (student_logits > logit) | ((student_logits == logit) & (vocabulary < ids))
-        common += before.sum(-1) < k
-    return common / k
+
+
+def ranks_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """How many tokens of `logits` [T, V] rank before each of `ids` int64 [T, N]; int64 [T, N], as in `topk_overlap`."""
+    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+    ranks = []
+    for column in ids.split(1, dim=-1):
+        logit = logits.gather(-1, column)
+        ranks.append(((logits > logit) | ((logits == logit) & (vocabulary < column))).sum(-1))
+    return torch.stack(ranks, dim=-1)
+
+
+def logprobs_at(
+    logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities [T, N] of `ids` int64 [T, N], and without gradient entropy [T] in nats and log Σ exp [T], of
+    `logits` [T, V] at `temperature`.
+
+    The row's largest logit is taken off first and log-probabilities are formed from the remainders: log Z is then
+    small, and a mass close to 1 keeps its distance from 1 (the tail bucket depends on it).
+    """
+    scaled = widen(logits)
+    if temperature != 1:
+        scaled = scaled / temperature
+    peak = scaled.detach().amax(dim=-1, keepdim=True)
+    below = scaled - peak
+    weights = below.exp()
+    z = weights.sum(dim=-1, keepdim=True)
+    logprobs = below.gather(-1, ids) - z.log()
+    with torch.no_grad():
+        entropy = torch.special.entr(weights / z).sum(dim=-1)
+        logsumexp = (peak + z.log())[..., 0]
+    return logprobs, entropy, logsumexp
 
 
 def divergence(

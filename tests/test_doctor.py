@@ -17,6 +17,7 @@ from copd_megatron import doctor
 from copd_megatron.doctor import Finding, Gpu, diagnose, optimizer_of_megatron, render
 
 HOPPER = Gpu("NVIDIA H200", 140.0, (9, 0))
+ADA = Gpu("NVIDIA L4", 22.0, (8, 9))
 AMPERE = Gpu("NVIDIA A100", 80.0, (8, 0))
 
 
@@ -75,9 +76,20 @@ def test_optimizer_is_the_one_megatron_takes() -> None:
 def test_apex_is_found_where_transformer_engine_is_not(packages: Path) -> None:
     _install(packages, "apex", "apex.optimizers")
     assert optimizer_of_megatron() == "apex.optimizers"
-    assert _finding("optimizer").detail == "FusedAdam of apex"
+    assert _finding("optimizer").detail == "Apex's FusedAdam"
     sys.modules.pop("apex.optimizers")
     sys.modules.pop("apex")
+
+
+def test_adam_of_transformer_engine_comes_first(packages: Path) -> None:
+    _install(packages, "apex", "apex.optimizers")
+    package = packages / "transformer_engine" / "pytorch"
+    package.mkdir(parents=True)
+    for file in (package.parent / "__init__.py", package / "__init__.py", package / "optimizers.py"):
+        file.touch()
+    assert _finding("optimizer").detail == "Transformer Engine's FusedAdam"
+    for name in [name for name in sys.modules if name.split(".")[0] in ("apex", "transformer_engine")]:
+        sys.modules.pop(name)
 
 
 def test_absent_packages_are_missing_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,21 +119,50 @@ def test_untried_versions_of_megatron_are_limited(packages: Path, version: str, 
     assert _finding("megatron-core").status == status
 
 
+def _fp8_findings() -> dict[str, Finding]:
+    return {finding.what: finding for finding in diagnose() if finding.what.startswith("FP8")}
+
+
 @pytest.mark.parametrize(
-    ("gpus", "fp8", "hardware"),
+    ("gpus", "usable", "named"),
     [
-        ([], "missing", "missing"),
-        ([HOPPER, HOPPER], "ok", "ok"),
-        ([HOPPER, AMPERE], "missing", "ok"),
+        ([HOPPER, HOPPER], {"tensorwise", "delayed", "blockwise"}, ""),
+        ([HOPPER, ADA], {"tensorwise", "delayed"}, "NVIDIA L4: compute capability is 8.9, 9.0 is needed"),
+        ([HOPPER, AMPERE, ADA], set(), "NVIDIA A100"),
     ],
 )
-def test_fp8_needs_every_gpu_to_have_it(
-    monkeypatch: pytest.MonkeyPatch, gpus: list[Gpu], fp8: str, hardware: str
+def test_each_fp8_recipe_needs_every_gpu_to_have_it(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[Gpu], usable: set[str], named: str
 ) -> None:
-    monkeypatch.setattr(doctor, "find_gpus", lambda: (gpus, "" if gpus else "no NVIDIA driver"))
-    assert _finding("FP8").status == fp8
-    assert _finding("GPU").status == hardware
-    assert ("NVIDIA A100" in _finding("FP8").detail) == (AMPERE in gpus)
+    import torch
+
+    monkeypatch.setattr(doctor, "find_gpus", lambda: (gpus, ""))
+    monkeypatch.setattr(doctor.fp8, "transformer_engine", lambda load: (2, 20))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    findings = _fp8_findings()
+    assert set(findings) == {"FP8 tensorwise", "FP8 delayed", "FP8 blockwise"}
+    assert {what.split()[1] for what, finding in findings.items() if finding.status == "ok"} == usable
+    assert named in findings["FP8 blockwise"].detail
+    assert _finding("GPU").status == "ok"
+
+
+def test_what_a_gpu_machine_lacks_for_fp8_is_said_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(doctor, "find_gpus", lambda: ([HOPPER], ""))
+    monkeypatch.setattr(doctor.fp8, "transformer_engine", lambda load: "Transformer Engine is not installed")
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    finding = _fp8_findings()["FP8 blockwise"]
+    assert finding.status == "missing"
+    assert finding.detail == ("Transformer Engine is not installed; torch is built for CUDA 12.6, 12.9 is needed")
+    assert "[gpu]" in finding.remedy
+    assert "12.9" in finding.remedy
+
+
+def test_without_gpu_one_line_says_that_there_is_no_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_gpus", lambda: ([], "no NVIDIA driver"))
+    assert [(what, finding.status) for what, finding in _fp8_findings().items()] == [("FP8", "missing")]
+    assert _finding("GPU").status == "missing"
 
 
 def test_gpus_are_counted_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:

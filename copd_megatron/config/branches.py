@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from copd_megatron.config.section import Section
 from copd_megatron.data.mini import MiniTask
 from copd_megatron.data.settings import SourceSettings
+from copd_megatron.errors import ConfigError
+from copd_megatron.policy.degrees import Layout
 
 
 class MiniData(Section):
@@ -38,14 +40,39 @@ class BranchData(Section):
 
 
 class Parallel(Section):
-    """The gang of one branch: how many processes, and how Megatron divides the model over them."""
+    """The gang of one branch: how many processes, and how Megatron divides the model over them.
+
+    Data parallelism is what tp × pp × cp leave over of `world`.
+    """
 
     world: int = Field(1, ge=1)
-    """Processes in the gang; data parallelism is what the other degrees leave over."""
+    """Processes in the gang."""
     tp: int = Field(1, ge=1)
-    """Tensor parallel degree."""
+    """Tensor parallel degree: every matrix is divided."""
     pp: int = Field(1, ge=1)
-    """Pipeline parallel degree."""
+    """Pipeline parallel degree: the layers are divided."""
+    vpp: int = Field(1, ge=1)
+    """Virtual pipeline stages per process, which shorten the pipeline's start and end."""
+    cp: int = Field(1, ge=1)
+    """Context parallel degree: the tokens of a micro-batch are divided."""
+    ep: int = Field(1, ge=1)
+    """Expert parallel degree: the experts are divided among replicas."""
+    etp: int = Field(0, ge=0)
+    """Tensor parallel degree of each expert; 0: as tp."""
+    sequence_parallel: bool = False
+    """Divide norms and residuals too, by token; needs tp of at least 2."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Parallel:
+        try:
+            self.layout()
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def layout(self) -> Layout:
+        """The degrees as the policy takes them."""
+        return Layout(**self.model_dump())
 
 
 class BranchConfig(Section):

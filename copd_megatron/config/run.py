@@ -88,13 +88,7 @@ class RunConfig(Section):
                 f"{self.data.max_prompt_tokens} or rollout.max_new_tokens = {self.rollout.max_new_tokens}"
             )
         for branch in self.branches:
-            parallel = branch.parallel
-            if parallel.world % (parallel.tp * parallel.pp):
-                raise ValueError(
-                    f"branches.{branch.name}.parallel: world {parallel.world} is not a multiple of "
-                    f"tp × pp = {parallel.tp * parallel.pp}"
-                )
-            replicas = parallel.world // (parallel.tp * parallel.pp)
+            replicas = branch.parallel.layout().dp
             for key, prompts in {
                 "rl.prompts": self.rl.prompts,
                 "opd.native_prompts": self.native_prompts,

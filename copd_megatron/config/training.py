@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from copd_megatron.config.section import Section
+from copd_megatron.policy.fp8 import Fp8, Fp8Choice
 
 
 class RhythmConfig(Section):
@@ -102,12 +103,37 @@ class RolloutConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Number formats of the policy."""
+    """Number formats of the policy, and what it keeps in memory."""
 
     params: Literal["fp32", "bf16"] = "bf16"
     """Format of weights and activations; master weights and gradients are fp32 either way."""
+    fp8: Fp8 = "none"
+    """FP8 products in the language model's layers (NVIDIA GPUs with Transformer Engine; `copd doctor` says which can be
+    used): `tensorwise` and `delayed` scale whole tensors, by their present or their earlier largest values, `blockwise`
+    blocks of 128."""
+    fp8_bf16_layers_at_start: int | None = Field(None, ge=0)
+    """First layers that stay in bf16. None: 1; with `delayed`, which has every layer in FP8, 0."""
+    fp8_bf16_layers_at_end: int | None = Field(None, ge=0)
+    """Last layers that stay in bf16. None: as at the start."""
     max_tokens_per_microbatch: int = Field(32_768, ge=1)
     """Packed tokens that go through the policy at once."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, attention, or whole layers."""
+
+    @model_validator(mode="after")
+    def _fp8_fits(self) -> PrecisionConfig:
+        if self.fp8 != "none" and self.params != "bf16":
+            raise ValueError(f"fp8 = {self.fp8} needs params = bf16, found {self.params}")
+        if self.fp8 == "delayed" and (self.fp8_bf16_layers_at_start or self.fp8_bf16_layers_at_end):
+            raise ValueError(
+                "fp8 = delayed has every layer in FP8; leave fp8_bf16_layers_at_start and fp8_bf16_layers_at_end out, "
+                "or choose fp8 = tensorwise"
+            )
+        return self
+
+    def fp8_choice(self) -> Fp8Choice:
+        """The FP8 settings as the policy takes them."""
+        return Fp8Choice(self.fp8, self.fp8_bf16_layers_at_start, self.fp8_bf16_layers_at_end)
 
 
 class MergeConfig(Section):
@@ -125,7 +151,11 @@ class CheckpointConfig(Section):
     every_steps: int | None = Field(None, ge=1)
     """Also save every so many updates; the end of each phase is always saved."""
     keep: int = Field(2, ge=1)
-    """Checkpoints kept per branch."""
+    """Newest checkpoints kept."""
+    keep_every_steps: int | None = Field(None, ge=1)
+    """Checkpoints at multiples of this many updates are kept too, for good."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written; needs host memory for a copy of what each rank writes."""
 
 
 class EvalConfig(Section):

@@ -18,13 +18,23 @@ from copd_megatron.objectives.grpo import clipped_surrogate
 from copd_megatron.objectives.settings import LossSettings
 from copd_megatron.objectives.token_stats import token_stats
 from copd_megatron.objectives.totals import Stats, total
+from copd_megatron.objectives.vocabulary import Vocabulary
 from copd_megatron.policy.packed import Signals
 
 
 def branch_loss(
-    logits: torch.Tensor, targets: torch.Tensor, signals: Signals, settings: LossSettings
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    signals: Signals,
+    vocabulary: Vocabulary | None = None,
+    *,
+    settings: LossSettings,
 ) -> tuple[torch.Tensor, Stats]:
-    """Loss (a scalar with gradient) and statistics of one micro-batch; `logits` [R, V], `targets` int64 [R].
+    """Loss (a scalar with gradient) and statistics of one micro-batch; `logits` [R, Vp], `targets` int64 [R].
+
+    Columns of the logits are those of `vocabulary`, by default all. Where it is split over the ranks of a group, each
+    of them calls this with the same targets and signals, gets the same loss and statistics, and its backward pass
+    yields the gradient with respect to the rank's own columns.
 
     Because `signals.weight` already carries the mean, losses of micro-batches and ranks add up to the batch's. Rows of
     weight 0 take part in nothing, whatever their other entries are. Statistics are (sum, count) over tokens:
@@ -44,7 +54,7 @@ def branch_loss(
     native = ((signals.source < 0) & (signals.weight != 0)).nonzero()[:, 0]
     cross = scored_rows(signals)
     top_ids, teacher_top_logprobs = teacher_top(signals)
-    student = token_stats(logits, targets, settings.temperature, top_ids)
+    student = token_stats(logits, targets, settings.temperature, top_ids, vocabulary)
     old = student.logprob.detach() if signals.old_logprobs is None else signals.old_logprobs
     importance, corrected = importance_weights(
         old, signals.engine_logprobs, settings.importance_cap, settings.two_sided_mask
@@ -75,22 +85,25 @@ def branch_loss(
         "mismatch/clipped": total(corrected[counted]),
         "rl/surrogate": total(surrogate),
         "rl/clipped": total(clipped),
-        **_teacher_stats(tokens, logits.detach()[cross], top_ids[cross], signals.source[cross], settings),
+        **_teacher_stats(tokens),
+        **pair_stats(
+            logits.detach(),
+            cross,
+            top_ids[cross],
+            tokens.top_logprobs.detach(),
+            tokens.teacher_top_logprobs,
+            signals.source[cross],
+            settings,
+            vocabulary,
+        ),
     }
     return loss, stats
 
 
 @torch.no_grad()
-def _teacher_stats(
-    tokens: CrossTokens, logits: torch.Tensor, top_ids: torch.Tensor, teacher: torch.Tensor, settings: LossSettings
-) -> Stats:
-    student_top, teacher_top_logprobs = tokens.top_logprobs, tokens.teacher_top_logprobs
-    if top_ids.shape[-1]:
-        kl = partition_kl(student_top, teacher_top_logprobs, "reverse")
+def _teacher_stats(tokens: CrossTokens) -> Stats:
+    if tokens.top_logprobs.shape[-1]:
+        kl = partition_kl(tokens.top_logprobs, tokens.teacher_top_logprobs, "reverse")
     else:
         kl = sampled_kl(tokens.old_logprobs, tokens.teacher_logprobs)
-    return {
-        "opd/delta": total(tokens.teacher_logprobs - tokens.old_logprobs),
-        "opd/kl": total(kl),
-        **pair_stats(logits, top_ids, student_top, teacher_top_logprobs, teacher, settings),
-    }
+    return {"opd/delta": total(tokens.teacher_logprobs - tokens.old_logprobs), "opd/kl": total(kl)}

@@ -9,12 +9,15 @@ import torch
 from copd_kernels.reference import partition_kl
 from copd_megatron.objectives.correction import sampled_kl
 from copd_megatron.objectives.settings import LossSettings
-from copd_megatron.objectives.token_stats import overlap, token_stats
+from copd_megatron.objectives.token_stats import overlap
 from copd_megatron.objectives.totals import Stats, total, totals_by
+from copd_megatron.objectives.vocabulary import Vocabulary, logprobs_at
 from copd_megatron.policy.packed import Signals
 
 LOW_SUPPORT = -5.0
 """Sequence log-ratio, in nats, below which the student hardly ever says what the teacher said."""
+
+PAIR_STATS = ("overlap", "symkl", "kl_forward")
 
 
 def scored_rows(signals: Signals) -> torch.Tensor:
@@ -36,33 +39,41 @@ def teacher_top(signals: Signals) -> tuple[torch.Tensor, torch.Tensor]:
 
 def pair_stats(
     logits: torch.Tensor,
+    rows: torch.Tensor,
     top_ids: torch.Tensor,
     student_top: torch.Tensor,
     teacher_top: torch.Tensor,
     teacher: torch.Tensor,
     settings: LossSettings,
+    vocabulary: Vocabulary | None = None,
 ) -> Stats:
     """`overlap/t`, `symkl/t` and `kl_forward/t` (see `drift_stats`) for each teacher index t.
 
-    `logits` [N, V], the teachers' `top_ids` [N, K] and the log-probabilities [N, K] of both sides at them; `teacher`
-    int64 [N] says whose they are. Everything is (0, 0) if K = 0.
+    Of `logits` [R, Vp] the `rows` int64 [N], the teachers' `top_ids` [N, K] and the log-probabilities [N, K] of both
+    sides at them; `teacher` int64 [N] says whose they are. Everything is (0, 0) if K = 0.
     """
-    names = ("overlap", "symkl", "kl_forward")
     if top_ids.shape[-1] == 0:
-        return {f"{name}/{index}": total(student_top[:0]) for name in names for index in range(settings.teachers)}
-    overlaps = overlap(logits, top_ids, settings.overlap_k)
+        return _nothing(settings, logits.device)
+    overlaps = overlap(logits, top_ids, settings.overlap_k, vocabulary, rows)
     reverse = partition_kl(student_top, teacher_top, "reverse")
     forward = partition_kl(student_top, teacher_top, "forward")
     totals = [totals_by(teacher, values, settings.teachers) for values in (overlaps, reverse + forward, forward)]
     return {
         f"{name}/{index}": pairs[index]
-        for name, pairs in zip(names, totals, strict=True)
+        for name, pairs in zip(PAIR_STATS, totals, strict=True)
         for index in range(settings.teachers)
     }
 
 
 @torch.no_grad()
-def drift_stats(logits: torch.Tensor, targets: torch.Tensor, signals: Signals, settings: LossSettings) -> Stats:
+def drift_stats(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    signals: Signals,
+    vocabulary: Vocabulary | None = None,
+    *,
+    settings: LossSettings,
+) -> Stats:
     """Drift without a loss, from a forward pass alone; arguments as for `branch_loss`.
 
     For each teacher index t: `overlap/t` at `settings.overlap_k`; `symkl/t`, KL(S‖T) + KL(T‖S) in nats per token;
@@ -74,11 +85,14 @@ def drift_stats(logits: torch.Tensor, targets: torch.Tensor, signals: Signals, s
     Raises ValueError if a teacher has scored tokens but its top-k is missing or shorter than `overlap_k`.
     """
     rows = scored_rows(signals)
-    top_ids, teacher_logprobs = (top[rows] for top in teacher_top(signals))
-    if rows.numel() and top_ids.shape[-1] == 0:
+    if rows.numel() == 0:
+        return _nothing(settings, logits.device)
+    top_ids, teacher_logprobs = teacher_top(signals)
+    if top_ids.shape[-1] == 0:
         raise ValueError("drift needs the teacher's top-k at every scored token, and the teacher was not asked for it")
-    student = token_stats(logits[rows], targets[rows], settings.temperature, top_ids)
-    return pair_stats(logits[rows], top_ids, student.top_logprobs, teacher_logprobs, signals.source[rows], settings)
+    student, _, _ = logprobs_at(logits, top_ids, settings.temperature, vocabulary, entropy=False)
+    teacher = signals.source[rows]
+    return pair_stats(logits, rows, top_ids[rows], student[rows], teacher_logprobs[rows], teacher, settings, vocabulary)
 
 
 def low_support(
@@ -107,6 +121,11 @@ def kl_on_rollouts(sampler_logprobs: Sequence[torch.Tensor], other_logprobs: Seq
     if not pairs:
         return torch.zeros(2, dtype=torch.float64)
     return total(torch.cat([sampled_kl(sampler.double(), other.double()) for sampler, other in pairs]))
+
+
+def _nothing(settings: LossSettings, device: torch.device) -> Stats:
+    none = torch.zeros(2, dtype=torch.float64, device=device)
+    return {f"{name}/{index}": none for name in PAIR_STATS for index in range(settings.teachers)}
 
 
 def _is_scored(signals: Signals) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The one place that turns logits into numbers; everything after it is arithmetic on [R] and [R, K]."""
+"""What the objectives know of the logits; everything after it is arithmetic on [R] and [R, K]."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from copd_kernels import reference
+from copd_megatron.objectives.vocabulary import Vocabulary, logprobs_at, ranks_of
 
 
 @dataclass(frozen=True)
@@ -25,37 +26,31 @@ class TokenStats:
 
 
 def token_stats(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float, top_ids: torch.Tensor | None = None
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    top_ids: torch.Tensor | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> TokenStats:
-    """Statistics of `logits` [R, V] at `targets` int64 [R] and, if given, at `top_ids` int64 [R, K].
+    """Statistics of `logits` [R, Vp] at `targets` int64 [R] and, if given, at `top_ids` int64 [R, K].
 
-    The row's largest logit is taken off first and log-probabilities are formed from the remainders: log Z is then
-    small, and a mass close to 1 keeps its distance from 1 (the tail bucket depends on it).
     Raises ValueError unless `temperature` > 0.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}: log-probabilities of greedy sampling do not exist; use > 0")
-    scaled = reference.widen(logits)
-    if temperature != 1:
-        scaled = scaled / temperature
-    peak = scaled.detach().amax(dim=-1, keepdim=True)
-    below = scaled - peak
-    weights = below.exp()
-    z = weights.sum(dim=-1, keepdim=True)
-
     wanted = targets[:, None] if top_ids is None else torch.cat([targets[:, None], top_ids], dim=-1)
-    logprobs = below.gather(-1, wanted) - z.log()
-    with torch.no_grad():
-        entropy = torch.special.entr(weights / z).sum(dim=-1)
-        logsumexp = (peak + z.log())[:, 0]
-    return TokenStats(
-        logprob=logprobs[:, 0],
-        entropy=entropy,
-        logsumexp=logsumexp,
-        top_logprobs=logprobs[:, 1:],
-    )
+    logprobs, entropy, logsumexp = logprobs_at(logits, wanted, temperature, vocabulary)
+    return TokenStats(logprob=logprobs[:, 0], entropy=entropy, logsumexp=logsumexp, top_logprobs=logprobs[:, 1:])
 
 
-def overlap(logits: torch.Tensor, top_ids: torch.Tensor, k: int) -> torch.Tensor:
-    """overlap@k of the student's `logits` [R, V] with a teacher's `top_ids` [R, K]; float32 [R], without gradient."""
-    return reference.topk_overlap(logits.detach(), top_ids, k)
+def overlap(
+    logits: torch.Tensor,
+    top_ids: torch.Tensor,
+    k: int,
+    vocabulary: Vocabulary | None = None,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """overlap@k (`reference.topk_overlap`) of the student's `logits` [R, Vp] with a teacher's `top_ids` [R, K].
+
+    float32 [R], without gradient. With `rows` int64 [R], those rows of the logits are meant.
+    """
+    reference.check_overlap(k, top_ids)
+    return (ranks_of(logits, top_ids[:, :k], vocabulary, rows) < k).float().sum(-1) / k

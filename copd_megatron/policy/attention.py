@@ -8,6 +8,7 @@ row per response, whose keys are its prompt's and its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from copd_megatron.policy.context import WHOLE, Stripe
 from copd_megatron.policy.elementwise import rotate
 from copd_megatron.policy.packed import Segments
 
@@ -27,25 +29,30 @@ FEW_KEYS = 2 * SHORT
 
 @dataclass(frozen=True)
 class Rows:
-    """Some sequences as rows of equal width: `token` int64 [rows, width] is the token in each slot, and `real` bool
-    [rows, width] whether the slot is one of the sequence's own and not padding."""
+    """Some sequences, or every so many-th of their tokens, as rows of equal width.
+
+    `token` int64 [rows, width] is the token in each place, `slot` int64 [rows, width] its number in its sequence, and
+    `real` bool [rows, width] whether it is one of the sequence's own and not padding.
+    """
 
     token: Tensor
+    slot: Tensor
     real: Tensor
 
     @staticmethod
-    def of(starts: Tensor, lengths: Tensor) -> Rows:
-        """Sequences with their first tokens at `starts`; both int64 [rows]."""
-        slot = torch.arange(int(lengths.max()))
+    def of(starts: Tensor, lengths: Tensor, stripe: Stripe = WHOLE) -> Rows:
+        """Sequences with their first tokens at `starts`, both int64 [rows]: those of their tokens that are in
+        `stripe`."""
+        first = (stripe.rank - starts) % stripe.count
+        slot = first[:, None] + stripe.count * torch.arange(-(-int(lengths.max()) // stripe.count))
         real = slot < lengths[:, None]
-        return Rows(starts[:, None] + slot * real, real)
+        return Rows(starts[:, None] + slot * real, slot, real)
 
-    def causal(self) -> Tensor:
-        """Every slot sees itself and those before it, bool [rows, width, width]; padding is behind all real tokens."""
-        rows, width = self.token.shape
-        return torch.ones(width, width, dtype=torch.bool).tril().expand(rows, -1, -1)
+    def seen_causally(self, queries: Rows) -> Tensor:
+        """Each of `queries`, of the same sequences, sees itself and those before it, bool [rows, queries, width]."""
+        return self.slot[:, None, :] <= queries.slot[:, :, None]
 
-    def visible(self, queries: int) -> Tensor:
+    def seen(self, queries: int) -> Tensor:
         """Each of so many queries sees the real slots, bool [rows, queries, width]."""
         return self.real[:, None, :].expand(-1, queries, -1)
 
@@ -107,35 +114,40 @@ class AttentionPlan:
     unpack: Tensor | None
 
     @staticmethod
-    def of(segments: Segments, device: torch.device) -> AttentionPlan:
-        """The plan for `segments`: one call per size of prompt, then one per size of response."""
+    def of(segments: Segments, device: torch.device, stripe: Stripe = WHOLE) -> AttentionPlan:
+        """The plan for `segments`: one call per size of prompt, then one per size of response. Of a `stripe`, only its
+        own tokens ask; the keys are still those of all tokens."""
         lengths = torch.cat([segments.prompt_lengths, segments.response_lengths])
         prompts, responses = (lengths.cumsum(0) - lengths).split(
             [len(part) for part in (segments.prompt_lengths, segments.response_lengths)]
         )
-        calls, unpack, slots = [], torch.empty(int(lengths.sum()), dtype=torch.int64), 0
+        calls, slots = [], 0
+        unpack = torch.empty(int(lengths.sum()) // stripe.count, dtype=torch.int64)
 
         def call(queries: Rows, keys: Tensor, mask: Tensor | None, causal: bool) -> None:
             nonlocal slots
-            unpack[queries.token[queries.real]] = slots + queries.real.flatten().nonzero().flatten()
+            unpack[stripe.place(queries.token[queries.real])] = slots + queries.real.flatten().nonzero().flatten()
             slots += queries.real.numel()
-            asks, answers = (_slice_or_index(tokens.flatten(), device) for tokens in (queries.token, keys))
+            asks = _slice_or_index((stripe.place(queries.token) * queries.real).flatten(), device)
             if mask is not None:
                 if device.type == "cpu" and mask.shape[-1] <= FEW_KEYS:
                     mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
                 mask = mask[:, None].to(device)
-            calls.append(Attend(len(queries.token), asks, answers, mask, causal))
+            calls.append(Attend(len(queries.token), asks, _slice_or_index(keys.flatten(), device), mask, causal))
 
         for rows in _similar(segments.prompt_lengths):
-            own = Rows.of(prompts[rows], segments.prompt_lengths[rows])
-            all_see_all = segments.causal or bool(own.real.all())
-            call(own, own.token, None if all_see_all else own.visible(1), segments.causal)
+            starts, sizes = prompts[rows], segments.prompt_lengths[rows]
+            own, keys = Rows.of(starts, sizes, stripe), Rows.of(starts, sizes)
+            if not segments.causal:
+                call(own, keys.token, None if bool(keys.real.all()) else keys.seen(1), False)
+            else:
+                call(own, keys.token, None if stripe.count == 1 else keys.seen_causally(own), stripe.count == 1)
         for rows in _similar(segments.response_lengths):
-            own = Rows.of(responses[rows], segments.response_lengths[rows])
-            prompt_of = segments.prompt_of[rows]
+            starts, sizes, prompt_of = responses[rows], segments.response_lengths[rows], segments.prompt_of[rows]
+            own, keys = Rows.of(starts, sizes, stripe), Rows.of(starts, sizes)
             prompt = Rows.of(prompts[prompt_of], segments.prompt_lengths[prompt_of])
-            mask = torch.cat([prompt.visible(own.token.shape[1]), own.causal()], dim=2)
-            call(own, torch.cat([prompt.token, own.token], dim=1), mask, False)
+            mask = torch.cat([prompt.seen(own.token.shape[1]), keys.seen_causally(own)], dim=2)
+            call(own, torch.cat([prompt.token, keys.token], dim=1), mask, False)
         in_order = slots == len(unpack) and bool((unpack == torch.arange(slots)).all())
         return AttentionPlan(tuple(calls), None if in_order else unpack.to(device))
 
@@ -155,18 +167,30 @@ def _slice_or_index(tokens: Tensor, device: torch.device) -> Tensor | slice:
 
 
 @dataclass(frozen=True)
+class FeatureRows:
+    """DeepStack's features in a layer's hidden states: feature row `rows[i]` (None: row i) is added to hidden state
+    `index[i]`, both int64. `first` is the number of the decoder layer, from 0, that adds the first of the features."""
+
+    index: Tensor
+    rows: Tensor | None
+    first: int = 0
+
+
+@dataclass(frozen=True)
 class PackedTokens:
     """What travels through megatron-core's layers in the place of its `PackedSeqParams`.
 
     `cos` and `sin` [T, 1, dim] are of the rotary angles (None: no rotation), computed once for all layers.
-    `visual_index` int64 [merged patches] says where images stand in T. `qkv_format` is what the layers read: any but
-    "thd" leaves queries and keys to the core attention as they are.
+    `gather` brings keys and values [T, …] of all context parallel ranks together in packed order (None: there is one).
+    `features` says what DeepStack adds in a layer. `qkv_format` is what the layers read: any but "thd" leaves queries
+    and keys to the core attention as they are.
     """
 
     plan: AttentionPlan
     cos: Tensor | None = None
     sin: Tensor | None = None
-    visual_index: Tensor | None = None
+    gather: Callable[[Tensor], Tensor] | None = None
+    features: FeatureRows | None = None
     qkv_format: str = "packed"
 
 
@@ -193,6 +217,8 @@ class PackedAttention(torch.nn.Module):
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if packed.cos is not None and packed.sin is not None:
             query, key = rotate(query, packed.cos, packed.sin), rotate(key, packed.cos, packed.sin)
+        if packed.gather is not None:
+            key, value = packed.gather(torch.stack([key, value], dim=1)).unbind(1)
         outputs = [attend(query, key, value, self.softmax_scale) for attend in packed.plan.calls]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if packed.plan.unpack is not None:

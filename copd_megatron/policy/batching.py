@@ -48,11 +48,6 @@ class Packed:
     tokens: int
     unshared_tokens: int
 
-    @property
-    def useful_share(self) -> float:
-        """Share of the computed positions that hold a token; 1 where nothing is padded."""
-        return self.tokens / max(1, sum(batch.token_ids.numel() for batch in self.microbatches))
-
 
 @dataclass
 class _Group:
@@ -81,7 +76,7 @@ def pack(
     Raises ConfigError for a sequence longer than `max_tokens`, ValueError for samples that contradict themselves.
     """
     _check(samples, counts)
-    groups = _groups(samples, max_tokens)
+    groups = [group for members in by_prompt(samples) for group in _cut(members, samples, max_tokens)]
     bins = _spread([group.tokens for group in groups], max_tokens)
     order, microbatches = [], []
     for members in bins:
@@ -113,8 +108,8 @@ def _check(samples: Sequence[Sample], counts: Mapping[int, int]) -> None:
             raise ValueError(f"{uid}: source {sample.source} is not in counts {dict(counts)}")
 
 
-def _groups(samples: Sequence[Sample], max_tokens: int) -> list[_Group]:
-    """Samples by prompt, in order of appearance; a group over the budget is cut into several."""
+def by_prompt(samples: Sequence[Sample]) -> list[list[int]]:
+    """Indices of samples that continue the same prompt, in order of appearance."""
     by_name: dict[tuple[str, str], list[list[int]]] = {}
     found: list[list[int]] = []
     for index, sample in enumerate(samples):
@@ -127,7 +122,7 @@ def _groups(samples: Sequence[Sample], max_tokens: int) -> list[_Group]:
         else:
             namesakes.append([index])
             found.append(namesakes[-1])
-    return [group for members in found for group in _cut(members, samples, max_tokens)]
+    return found
 
 
 def _same(one: Prompt, other: Prompt) -> bool:

@@ -93,11 +93,16 @@ class _RMSNorm(Function):
 
 
 class RMSNorm(torch.nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 inside (`Qwen3VLTextRMSNorm`)."""
+    """x / rms(x) * weight over the last dimension, in float32 inside (`Qwen3VLTextRMSNorm`).
+
+    Under sequence parallelism a rank normalises its own tokens only; the attribute on the weight is what megatron-core
+    looks for to add up the ranks' gradients.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

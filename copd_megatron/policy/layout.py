@@ -1,9 +1,8 @@
-"""How one branch's processes divide the model: the degrees, and the process groups made from them."""
+"""The process groups of one branch, made from its `Layout`."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -12,51 +11,22 @@ import torch.distributed as dist
 
 from copd_megatron.errors import ConfigError
 from copd_megatron.policy import platform
+from copd_megatron.policy.degrees import Layout
+
+__all__ = [
+    "Layout",
+    "broadcast_in_gang",
+    "broadcast_in_replica",
+    "data_parallel_rank",
+    "data_parallel_size",
+    "initialize",
+    "is_last_stage",
+    "is_replica_leader",
+    "replica_group",
+    "shutdown",
+]
 
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Degrees of parallelism of one branch.
-
-    `world` processes; `tp` tensor, `pp` pipeline, `vpp` virtual pipeline stages per process, `cp` context, `ep` expert,
-    `etp` expert tensor parallel. What is left over is data parallelism (`dp`).
-    """
-
-    world: int = 1
-    tp: int = 1
-    pp: int = 1
-    vpp: int = 1
-    cp: int = 1
-    ep: int = 1
-    etp: int = 1
-    sequence_parallel: bool = False
-
-    def __post_init__(self) -> None:
-        degrees = {name: getattr(self, name) for name in ("world", "tp", "pp", "vpp", "cp", "ep", "etp")}
-        for name, degree in degrees.items():
-            if degree < 1:
-                raise ConfigError(f"parallel.{name} is {degree}; a degree of parallelism is at least 1")
-        unsupported = [f"{name} = {degrees[name]}" for name in ("vpp", "cp", "ep", "etp") if degrees[name] > 1]
-        unsupported += ["sequence_parallel"] if self.sequence_parallel else []
-        if unsupported:
-            raise ConfigError(f"parallel: {', '.join(unsupported)} is not supported yet; use tp, pp and more processes")
-        if self.world % (self.tp * self.pp):
-            raise ConfigError(
-                f"parallel: world = {self.world} processes cannot be divided into replicas of tp × pp = "
-                f"{self.tp} × {self.pp} = {self.tp * self.pp} processes; make world a multiple of that"
-            )
-
-    @property
-    def replica(self) -> int:
-        """Processes that hold one copy of the model together."""
-        return self.tp * self.pp
-
-    @property
-    def dp(self) -> int:
-        """Copies of the model."""
-        return self.world // self.replica
 
 
 def initialize(layout: Layout, seed: int = 0, timeout_seconds: float = 1800.0) -> None:
@@ -83,30 +53,60 @@ def initialize(layout: Layout, seed: int = 0, timeout_seconds: float = 1800.0) -
             dist.init_process_group(platform.backend(), timeout=timeout)
         else:
             dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp)
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
+    )
+    _join_replica(layout)
     model_parallel_cuda_manual_seed(seed)
+
+
+_replica: dist.ProcessGroup | None = None
+"""The processes that hold one copy of the model: with context parallelism, none of megatron-core's groups."""
+
+
+def _join_replica(layout: Layout) -> None:
+    from megatron.core.parallel_state import RankGenerator
+
+    global _replica
+    order = RankGenerator(layout.tp, 1, layout.dp, layout.pp, layout.cp, order="tp-cp-ep-dp-pp")
+    for ranks in order.get_ranks("tp-cp-pp"):
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            _replica = group
+
+
+def replica_group() -> dist.ProcessGroup:
+    """The processes that hold one copy of the model together; `initialize` has made it."""
+    if _replica is None:
+        raise RuntimeError("layout.initialize has not been called")
+    return _replica
 
 
 def shutdown() -> None:
     """Leave the process groups. The process can `initialize` again."""
     from megatron.core import parallel_state
 
+    global _replica
+    _replica = None
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 
 def is_replica_leader() -> bool:
-    """Whether this process speaks for its copy of the model: first in tensor and pipeline."""
-    from megatron.core import parallel_state
-
-    return dist.get_rank(parallel_state.get_model_parallel_group()) == 0
+    """Whether this process speaks for its copy of the model: first in tensor, context and pipeline."""
+    return dist.get_rank(replica_group()) == 0
 
 
 def is_last_stage() -> bool:
     """Whether this process has the logits."""
     from megatron.core import parallel_state
 
-    return parallel_state.is_pipeline_last_stage()
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
 
 def data_parallel_rank() -> int:
@@ -125,9 +125,7 @@ def data_parallel_size() -> int:
 
 def broadcast_in_replica(value: Value | None) -> Value:
     """The replica leader's `value` on every process of the replica; the others' own is ignored."""
-    from megatron.core import parallel_state
-
-    group = parallel_state.get_model_parallel_group()
+    group = replica_group()
     box = [value]
     if dist.get_world_size(group) > 1:
         dist.broadcast_object_list(box, group_src=0, group=group)

@@ -30,8 +30,21 @@ class OptimizerSettings(BaseModel):
     """Where the decay ends, as a share of lr."""
     distributed: bool = False
     """Shard the optimizer's state over the data-parallel ranks (megatron-core's distributed optimizer)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass runs; needs `distributed` and `overlap_grad_reduce`. It helps
+    where several updates follow each other without new rollouts: handing weights to an engine gathers them all."""
+    offload: bool = False
+    """Keep optimizer state, and compute updates, in host memory. Without a GPU they are there anyway."""
     max_skipped: int = Field(5, ge=1)
     """The run stops when this many updates in a row had to be skipped, because loss or gradient was not finite."""
+
+    @model_validator(mode="after")
+    def _gather_needs_shards(self) -> OptimizerSettings:
+        if self.overlap_param_gather and not (self.distributed and self.overlap_grad_reduce):
+            raise ValueError("overlap_param_gather needs distributed: true and overlap_grad_reduce: true")
+        return self
 
     @model_validator(mode="after")
     def _betas_below_one(self) -> OptimizerSettings:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from copd_megatron.policy.context import WHOLE, Stripe
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -63,6 +65,11 @@ class MicroBatch:
     [merged patches] says where in T each merged patch goes. `logit_index` int64 [R] is the position whose hidden state
     predicts response token r (the first token of a response is predicted from its prompt's last token); `targets`
     int64 [R] are the response tokens; `sequence` int64 [R] numbers the response a token belongs to.
+
+    Under context parallelism it is one rank's share (`context.share`): T and R count this rank's tokens, those in
+    `stripe`; `response_rows` int64 [R] and `visual_rows` say which of the whole batch's response tokens and merged
+    patches are among them, and `segments` describe the whole batch. `frame` is the number of rows in what travels
+    between pipeline stages; 0: as many as it takes.
     """
 
     token_ids: torch.Tensor
@@ -75,3 +82,23 @@ class MicroBatch:
     pixel_values: torch.Tensor | None = None
     grid_thw: torch.Tensor | None = None
     visual_index: torch.Tensor | None = None
+    stripe: Stripe = WHOLE
+    response_rows: torch.Tensor | None = None
+    visual_rows: torch.Tensor | None = None
+    frame: int = 0
+
+
+def idle() -> MicroBatch:
+    """A micro-batch that teaches nothing, for a rank that has to keep up with the others: one token predicts another,
+    with weight 0."""
+    one, zero = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    nothing = torch.zeros(1)
+    return MicroBatch(
+        token_ids=zero,
+        position_ids=zero.expand(3, -1),
+        segments=Segments(one, zero, zero),
+        logit_index=zero,
+        targets=zero,
+        sequence=zero,
+        signals=Signals(source=-one, weight=nothing, advantage=nothing, engine_logprobs=nothing),
+    )

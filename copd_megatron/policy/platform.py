@@ -57,6 +57,8 @@ def prepare() -> None:
         return
     _prepared = True
     if on_gpu():
+        if not has_transformer_engine():
+            _router_product()
         return
     _keep_freed_memory()
     for substitute in (
@@ -65,12 +67,16 @@ def prepare() -> None:
         _device_literals,
         _moves_to_cuda,
         _synchronisation,
+        _streams,
         _generator_state,
     ):
         substitute()
     _import_megatron()
     for substitute in (
         _megatron_generator_state,
+        _router_product,
+        _token_splits,
+        _uneven_parts,
         _optimizer_type_names,
         _adam_state_before_load,
         _adam_step_per_tensor,
@@ -153,6 +159,28 @@ def _synchronisation() -> None:
     torch.cuda.empty_cache = lambda: None
 
 
+class _Stream:
+    """A stream or an event where everything happens in order anyway."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait(self, *_: Any) -> None: ...
+
+    wait_stream = wait_event = synchronize = wait
+
+    def record_event(self, event: Any = None) -> Any:
+        return self if event is None else event
+
+
+def _streams() -> None:
+    """The dispatcher of tokens to experts copies their counts on a stream of its own: "torch.cuda.Stream requires CUDA
+    support"."""
+    torch.cuda.Stream = torch.cuda.Event = _Stream  # type: ignore[misc,assignment]
+    only = _Stream()
+    torch.cuda.current_stream = lambda *args, **kwargs: only  # type: ignore[assignment,return-value]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext(stream)  # type: ignore[assignment,return-value]
+
+
 def _generator_state() -> None:
     """Saved and restored around recomputed layers: "Torch not compiled with CUDA enabled". The CPU's own is meant."""
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -167,6 +195,54 @@ def _megatron_generator_state() -> None:
     tracked._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     tracked._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     logging.getLogger(tracked.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _router_product() -> None:
+    """Without Transformer Engine the router of experts meets a name that was never imported: "name 'te_general_gemm' is
+    not defined". None is what it tests for."""
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+
+
+def _token_splits() -> None:
+    """Numbers of tokens per process are made numbers of the host only if they are on CUDA, and stay tensors otherwise:
+    "all_to_all_single(): incompatible function arguments"."""
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    original = dispatcher.maybe_move_tensor_to_cpu
+
+    @functools.wraps(original)
+    def on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = on_cpu  # type: ignore[attr-defined]
+
+
+def _uneven_parts() -> None:
+    """Processes that share experts' matrices gather as many tokens as each has for them; gloo gathers and scatters
+    parts of one size only: "invalid tensor size at index 1"."""
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    @functools.wraps(gather)
+    def gather_any(part: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+        if sizes is None or len(set(sizes)) == 1:
+            return gather(part, group, None, *args)  # type: ignore[no-any-return]
+        widest = max(sizes)
+        padded = torch.cat([part, part.new_zeros(widest - len(part), *part.shape[1:])])
+        parts = gather(padded, group, None, *args).split(widest)
+        return torch.cat([each[:size] for each, size in zip(parts, sizes, strict=True)])
+
+    @functools.wraps(reduce_scatter)
+    def reduce_scatter_any(whole: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+        if sizes is None or len(set(sizes)) == 1:
+            return reduce_scatter(whole, group, None, *args)  # type: ignore[no-any-return]
+        summed = whole.contiguous().clone()
+        torch.distributed.all_reduce(summed, group=group)
+        return summed.split(sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim = gather_any  # type: ignore[attr-defined]
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_any  # type: ignore[attr-defined]
 
 
 def _import_megatron() -> None:

@@ -12,12 +12,15 @@ import torch
 
 from copd_megatron.errors import TrainingDiverged
 from copd_megatron.policy import platform
-from copd_megatron.policy.batching import Packed, Sample, pack
-from copd_megatron.policy.layout import Layout
+from copd_megatron.policy.balance import Cost, rebalance
+from copd_megatron.policy.batching import Packed, Sample, by_prompt, pack
+from copd_megatron.policy.fp8 import NO_FP8, Fp8Choice
+from copd_megatron.policy.layout import Layout, data_parallel_rank, data_parallel_size
 from copd_megatron.policy.optimizer import OptimizerSettings, learning_rate
 from copd_megatron.policy.schedule import (
     Loss,
     Measure,
+    computed_positions,
     logprob_pass,
     measure_pass,
     over_replicas,
@@ -33,8 +36,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer.optimizer import clip_grad_by_total_norm_fp32  # noqa: E402
 
-from copd_megatron.policy.qwen3_vl import build_model  # noqa: E402
-from copd_megatron.policy.qwen3_vl.config import Precision, torch_dtype  # noqa: E402
+from copd_megatron.policy.qwen3_vl import Qwen3VLModel, build_model  # noqa: E402
+from copd_megatron.policy.qwen3_vl.config import Precision, Recompute, torch_dtype  # noqa: E402
 from copd_megatron.policy.qwen3_vl.rope import prompt_positions  # noqa: E402
 from copd_megatron.weights import mapping  # noqa: E402
 
@@ -58,6 +61,8 @@ class Policy:
         optimizer: OptimizerSettings,
         precision: Precision,
         max_tokens_per_microbatch: int,
+        recompute: Recompute = "none",
+        fp8: Fp8Choice = NO_FP8,
     ) -> None:
         """Build the model of the Hugging Face folder `base` and load its weights.
 
@@ -68,18 +73,19 @@ class Policy:
         self.version = 0
         self.skipped_in_a_row = 0
         self._max_tokens = max_tokens_per_microbatch
-        (model,) = build_model(base, layout, precision)
-        mapping.to_megatron(dict(HfFolder(base).tensors()), [model])
-        self.hf_config = model.settings.hf
+        model = build_model(base, layout, precision, recompute, fp8)
+        mapping.to_megatron(dict(HfFolder(base).tensors()), model)
+        self.hf_config = model[0].settings.hf
+        self._cost = Cost.of(model[0].settings)
         self._image_token: int = self.hf_config.image_token_id
         self._merge: int = self.hf_config.vision_config.spatial_merge_size
-        sum_gradients(model.config)
-        self.model = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=optimizer.distributed),
-            model,
-        )
-        self.optimizer = _megatron_optimizer(optimizer, precision, self.model)
+        self.chunks = _wrapped(model, optimizer)
+        self.optimizer = _megatron_optimizer(optimizer, precision, self.chunks)
+
+    @property
+    def model(self) -> DistributedDataParallel:
+        """The first chunk, which is the only one without virtual pipeline stages."""
+        return self.chunks[0]
 
     def update(
         self,
@@ -95,18 +101,23 @@ class Policy:
         have no samples at all. `old_logprobs` are those of `logprobs` before the first of several updates on the same
         samples.
 
-        The gradient is that of the sum of `loss` over all micro-batches of all replicas, however they are divided. If
-        that sum or the gradient's norm is not finite, weights and optimizer state stay as they are, and the update
-        still counts. Returns the mean of each statistic of `loss` (left out where its count is 0) and `loss`,
-        `grad_norm` (before clipping), `lr`, `skipped` (0 or 1), `tokens` (computed, all replicas), `tokens_saved` (by
-        sharing prompts), `response_tokens`, `microbatches` (of this replica).
+        Samples move between replicas so that all have about the same to compute. The gradient is that of the sum of
+        `loss` over all micro-batches of all replicas, however they are divided. If that sum or the gradient's norm is
+        not finite, weights and optimizer state stay as they are, and the update still counts.
+
+        Returns the mean of each statistic of `loss` (left out where its count is 0) and `loss`, `grad_norm` (before
+        clipping), `lr`, `skipped` (0 or 1), `tokens` (computed, all replicas), `tokens_saved` (by sharing prompts),
+        `useful_share` (of the computed positions that hold a token), `response_tokens`, `microbatches` (of this
+        replica).
 
         Raises TrainingDiverged when `max_skipped` updates in a row had to be skipped.
         """
-        packed = self._pack(samples, sequences, old_logprobs)
+        counts = self._counts(samples, sequences)
+        samples, old_logprobs = self._balanced(samples, old_logprobs)
+        packed = self._pack(samples, counts, old_logprobs)
         rate = self._set_learning_rate()
         self._zero_gradients()
-        total_loss, totals = train_pass(self.model, packed.microbatches, loss)
+        total_loss, totals = train_pass(self.chunks, packed.microbatches, loss)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         self.version += 1
@@ -122,12 +133,13 @@ class Policy:
             "grad_norm": grad_norm,
             "lr": rate,
             "skipped": float(not finite),
-            **_sizes(packed),
+            **_sizes(packed, computed_positions(self.chunks, packed.microbatches)),
         }
 
     def measure(self, samples: Sequence[Sample], measure: Measure) -> dict[str, float]:
         """Means of the statistics that `measure` gives, from a forward pass alone; those with count 0 are left out."""
-        return _means(measure_pass(self.model, self._pack(samples).microbatches, measure))
+        packed = self._pack(samples, self._counts(samples))
+        return _means(measure_pass(self.chunks, packed.microbatches, measure))
 
     def logprobs(self, samples: Sequence[Sample], temperature: float = 1.0) -> list[torch.Tensor]:
         """Log-probabilities float32 [R_i] of each sample's response under the current weights, on the CPU.
@@ -136,7 +148,7 @@ class Policy:
         """
         packed = self._pack(samples, Counter(sample.source for sample in samples))
         result: list[torch.Tensor] = [torch.empty(0)] * len(samples)
-        passed = logprob_pass(self.model, packed.microbatches, temperature)
+        passed = logprob_pass(self.chunks, packed.microbatches, temperature)
         for members, logprobs in zip(packed.order, passed, strict=True):
             lengths = [len(samples[index].rollout.token_ids) for index in members]
             for index, part in zip(members, logprobs.split(lengths), strict=True):
@@ -148,11 +160,14 @@ class Policy:
 
         Tensors may be views of the live parameters: copy what must outlast the next update.
         """
-        return mapping.to_hf([self.model])
+        if self.settings.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+        return mapping.to_hf(self.chunks)
 
     def load_hf(self, folder: str | os.PathLike[str]) -> None:
         """Take the weights of a Hugging Face folder of the same model. Optimizer state and `version` stay."""
-        mapping.to_megatron(dict(HfFolder(folder).tensors()), [self.model])
+        mapping.to_megatron(dict(HfFolder(folder).tensors()), self.chunks)
         self.optimizer.reload_model_params()
 
     def positions(self, prompt: Prompt) -> torch.Tensor:
@@ -160,16 +175,39 @@ class Policy:
         grid = None if prompt.images is None else prompt.images.grid_thw
         return prompt_positions(prompt.token_ids, grid, self._image_token, self._merge)
 
+    def _counts(self, samples: Sequence[Sample], sequences: Mapping[int, int] | None = None) -> Mapping[int, int]:
+        """Sequences per source, over all replicas."""
+        if sequences is not None:
+            return sequences
+        counts: Counter[int] = Counter()
+        for part in over_replicas(Counter(sample.source for sample in samples)):
+            counts.update(part)
+        return counts
+
+    def _balanced(
+        self, samples: Sequence[Sample], old_logprobs: Sequence[torch.Tensor] | None
+    ) -> tuple[Sequence[Sample], Sequence[torch.Tensor] | None]:
+        """This replica's share of all replicas' samples, by what they cost; a prompt's samples stay together."""
+        if data_parallel_size() == 1:
+            return samples, old_logprobs
+        groups = [
+            [(samples[index], None if old_logprobs is None else old_logprobs[index]) for index in members]
+            for members in by_prompt(samples)
+        ]
+        costs = [
+            self._cost.group(group[0][0].rollout.prompt, [len(sample.rollout.token_ids) for sample, _ in group])
+            for group in groups
+        ]
+        mine = [pair for group in rebalance(groups, costs, data_parallel_rank(), over_replicas) for pair in group]
+        old = None if old_logprobs is None else [logprobs for _, logprobs in mine if logprobs is not None]
+        return [sample for sample, _ in mine], old
+
     def _pack(
         self,
         samples: Sequence[Sample],
-        sequences: Mapping[int, int] | None = None,
+        counts: Mapping[int, int],
         old_logprobs: Sequence[torch.Tensor] | None = None,
     ) -> Packed:
-        counts: Counter[int] = Counter(sequences or {})
-        if sequences is None:
-            for part in over_replicas(Counter(sample.source for sample in samples)):
-                counts.update(part)
         return pack(samples, self._max_tokens, counts, self.positions, self._image_token, old_logprobs)
 
     def _set_learning_rate(self) -> float:
@@ -179,7 +217,8 @@ class Policy:
         return rate
 
     def _zero_gradients(self) -> None:
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def _step(self, grad_norm: float) -> None:
@@ -202,7 +241,7 @@ class Policy:
 
     def _what_is_bad(self, total_loss: float, grad_norm: float, totals: dict[str, tuple[float, float]]) -> str:
         """The values that are not finite; parameters are those of this rank."""
-        parameters = dict(self.model.module.named_parameters())
+        parameters = {name: value for chunk in self.chunks for name, value in chunk.module.named_parameters()}
         bad = [name for name, value in parameters.items() if not torch.isfinite(value.main_grad).all()]
         statistics = [name for name, (value, _) in totals.items() if not math.isfinite(value)]
         parts = [f"the loss is {total_loss}", f"the gradient's norm is {grad_norm}"]
@@ -214,8 +253,29 @@ class Policy:
         return "; ".join(parts)
 
 
+def _wrapped(model: Sequence[Qwen3VLModel], settings: OptimizerSettings) -> list[DistributedDataParallel]:
+    """The chunks with their gradient buffers, and in their config what the schedule does with them."""
+    reduction = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=settings.distributed,
+        overlap_grad_reduce=settings.overlap_grad_reduce,
+        overlap_param_gather=settings.overlap_param_gather,
+    )
+    chunks = []
+    for number, chunk in enumerate(model):
+        sum_gradients(chunk.config)
+        # A reduction that starts during the backward pass waits for every parameter's gradient.
+        chunk.touch_all = settings.overlap_grad_reduce
+        chunks.append(DistributedDataParallel(chunk.config, reduction, chunk, disable_bucketing=number > 0))
+    if settings.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        for chunk in chunks:
+            chunk.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    return chunks
+
+
 def _megatron_optimizer(
-    settings: OptimizerSettings, precision: Precision, model: DistributedDataParallel
+    settings: OptimizerSettings, precision: Precision, model: list[DistributedDataParallel]
 ) -> ChainedOptimizer:
     """AdamW over megatron-core's default parameter groups: all with weight decay but what has one dimension."""
     config = OptimizerConfig(
@@ -229,8 +289,10 @@ def _megatron_optimizer(
         bf16=precision == "bf16",
         params_dtype=torch_dtype(precision),
         use_distributed_optimizer=settings.distributed,
+        overlap_param_gather=settings.overlap_param_gather,
+        optimizer_cpu_offload=settings.offload and platform.on_gpu(),
     )
-    optimizer = get_megatron_optimizer(config, [model])
+    optimizer = get_megatron_optimizer(config, model)
     for group in optimizer.param_groups:
         # Applying a group's multiplier is the task of megatron-core's scheduler, whose place `learning_rate` takes.
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
@@ -243,13 +305,14 @@ def _means(totals: dict[str, tuple[float, float]]) -> dict[str, float]:
     return {name: value / count for name, (value, count) in totals.items() if count}
 
 
-def _sizes(packed: Packed) -> dict[str, float]:
+def _sizes(packed: Packed, positions: int) -> dict[str, float]:
     responses = sum(len(batch.targets) for batch in packed.microbatches)
-    parts = over_replicas((packed.tokens, packed.unshared_tokens - packed.tokens, responses))
-    tokens, saved, response_tokens = (float(sum(column)) for column in zip(*parts, strict=True))
+    parts = over_replicas((packed.tokens, packed.unshared_tokens - packed.tokens, positions, responses))
+    tokens, saved, computed, response_tokens = (float(sum(column)) for column in zip(*parts, strict=True))
     return {
         "tokens": tokens,
         "tokens_saved": saved,
+        "useful_share": tokens / computed,
         "response_tokens": response_tokens,
         "microbatches": float(len(packed.microbatches)),
     }

@@ -110,11 +110,11 @@ class _Joint:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A decoder layer around its attention."""
+    """A decoder layer around its attention. One with experts has no `gate_up`: its MLP is the module's own."""
 
     module: Qwen3VLTextDecoderLayer
     qkv: _Joint
-    gate_up: _Joint
+    gate_up: _Joint | None
     heads: int
     groups: int
     size: int
@@ -127,7 +127,7 @@ class _Layer:
         return _Layer(
             module=module,
             qkv=_Joint.of(attention.q_proj, attention.k_proj, attention.v_proj),
-            gate_up=_Joint.of(mlp.gate_proj, mlp.up_proj),
+            gate_up=_Joint.of(mlp.gate_proj, mlp.up_proj) if hasattr(mlp, "gate_proj") else None,
             heads=attention.q_proj.out_features // size,
             groups=attention.k_proj.out_features // size,
             size=size,
@@ -149,7 +149,10 @@ class _Layer:
         """`hidden` [B, H] after the attention's output [B, heads * D] and the MLP have been added."""
         module = self.module
         hidden = _added(hidden, attended, module.self_attn.o_proj)
-        gate, up = self.gate_up(_norm(module.post_attention_layernorm, hidden)).chunk(2, dim=-1)
+        normed = _norm(module.post_attention_layernorm, hidden)
+        if self.gate_up is None:
+            return hidden + module.mlp(normed[:, None])[:, 0]
+        gate, up = self.gate_up(normed).chunk(2, dim=-1)
         return _added(hidden, F.silu(gate).mul_(up), module.mlp.down_proj)
 
 

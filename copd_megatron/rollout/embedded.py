@@ -27,9 +27,9 @@ from copd_megatron.weights.hf import HfFolder
 class EmbeddedEngine:
     """A `RolloutEngine` (rollout/engine.py) on a transformers module.
 
-    `model_dir` is a Hugging Face folder of a dense Qwen3-VL with its tokenizer; with `load_weights` its weights are
-    version 0, without it there is no version (-1) until `update_weights`. At most `max_rows` sequences are computed
-    at a time (one prompt's rollouts are never split). Raises WeightsError if the folder cannot be used.
+    `model_dir` is a Hugging Face folder of a Qwen3-VL, dense or with experts, with its tokenizer; with `load_weights`
+    its weights are version 0, without it there is no version (-1) until `update_weights`. At most `max_rows` sequences
+    are computed at a time (one prompt's rollouts are never split). Raises WeightsError if the folder cannot be used.
     """
 
     def __init__(

@@ -10,10 +10,15 @@ import torch
 
 from copd_megatron.errors import WeightsError
 from copd_megatron.policy.platform import declare_torchvision_schemas
+from copd_megatron.weights.families.qwen3_vl_moe import DOWN, GATE_UP
 from copd_megatron.weights.hf import read_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
+    from transformers import (
+        PreTrainedTokenizerBase,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLMoeForConditionalGeneration,
+    )
 
 
 def open_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
@@ -30,24 +35,34 @@ def open_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
         raise WeightsError(f"{model_dir}: the tokenizer cannot be read ({error})") from error
 
 
-def open_module(model_dir: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
+def open_module(
+    model_dir: Path, dtype: torch.dtype
+) -> Qwen3VLForConditionalGeneration | Qwen3VLMoeForConditionalGeneration:
     """The Qwen3-VL that `model_dir` describes, ready for inference, with arbitrary weights.
 
     Raises WeightsError if the folder has no config or describes another kind of model.
     """
     declare_torchvision_schemas()
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    import transformers
 
     content = read_config(model_dir)
-    if content.get("model_type") != "qwen3_vl":
+    kinds = {"qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}
+    kind = kinds.get(str(content.get("model_type")))
+    if kind is None:
         raise WeightsError(
             f"{model_dir / 'config.json'}: model_type is {content.get('model_type')!r}; the embedded engine runs "
-            "'qwen3_vl', other models need a rollout server"
+            f"{' and '.join(map(repr, kinds))}, other models need a rollout server"
         )
+    config = getattr(transformers, f"{kind}Config").from_dict(content)
     # Building a module initialises it with torch's global random numbers, which belong to nobody here.
     with torch.random.fork_rng(devices=[]):
-        module = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(content))
-    return module.to(dtype).eval().requires_grad_(False)
+        module = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    prepared: Qwen3VLForConditionalGeneration | Qwen3VLMoeForConditionalGeneration = module.to(dtype).eval()
+    return prepared.requires_grad_(False)
+
+
+EXPERT_STACKS = (GATE_UP, DOWN)
+"""Endings of names whose matrices transformers holds transposed, other than Qwen publishes them."""
 
 
 class WeightLoader:
@@ -74,6 +89,9 @@ class WeightLoader:
                 raise WeightsError(f"weight {name!r} is unknown to the model{self._state()}")
             owner = self._alias[name]
             parameter = self._parameters[owner]
+            published = name.endswith(EXPERT_STACKS) and tensor.dim() == 3 and tensor.shape != parameter.shape
+            if published and tensor.mT.shape == parameter.shape:
+                tensor = tensor.mT
             if tensor.shape != parameter.shape:
                 raise WeightsError(
                     f"weight {name!r} has shape {list(tensor.shape)}, "

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from copd_megatron.errors import WeightsError
 from copd_megatron.files import sync_folder, write_atomic
+from copd_megatron.weights.families.qwen3_vl_moe import as_published
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -64,13 +65,15 @@ class HfFolder:
         return sorted(self._shard_of)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor called `name`, mapped from the file: read when touched, not to be written to."""
+        """The tensor called `name`, mapped from the file: read when touched, not to be written to.
+
+        Of two forms in which a family's tensors are found on disk, this is the published one.
+        """
         if name not in self._shard_of:
             near = difflib.get_close_matches(name, self._shard_of, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise WeightsError(f"{self.path}: there is no tensor {name}{hint}")
-        tensor: torch.Tensor = self._shards[self._shard_of[name]].get_tensor(name)
-        return tensor
+        return as_published(name, self._shards[self._shard_of[name]].get_tensor(name), self.config)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All (name, tensor) pairs, sorted by name."""

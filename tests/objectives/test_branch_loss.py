@@ -14,7 +14,7 @@ SETTINGS = LossSettings(overlap_k=3, teachers=2)
 
 
 def evaluate(batch, settings=SETTINGS):
-    return branch_loss(batch.logits, batch.targets, batch.signals, settings)
+    return branch_loss(batch.logits, batch.targets, batch.signals, settings=settings)
 
 
 def test_native_tokens_get_the_group_advantage_and_cross_tokens_the_teacher_s():

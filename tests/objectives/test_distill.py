@@ -20,7 +20,7 @@ def test_sampled_loss_has_in_expectation_the_gradient_of_reverse_kl():
     generator = torch.Generator().manual_seed(1)
     logits, teacher_logits = torch.randn(2, 9, generator=generator, dtype=torch.float64)
     state, batch = every_token_once(logits, teacher_logits, k=1)
-    loss, _ = branch_loss(batch.logits, batch.targets, batch.signals, SETTINGS)
+    loss, _ = branch_loss(batch.logits, batch.targets, batch.signals, settings=SETTINGS)
     (found,) = torch.autograd.grad(loss, state)
 
     logits.requires_grad_()
@@ -39,7 +39,7 @@ def test_beta_scales_the_teacher_s_part_only(loss):
         chosen = batch.but(source=source, teacher_top_ids=batch.teacher_logits.topk(4).indices)
         for beta in (1.0, 3.0):
             settings = replace(SETTINGS, opd_loss=loss, beta=beta)
-            values[beta] = branch_loss(chosen.logits, chosen.targets, chosen.signals, settings)[0]
+            values[beta] = branch_loss(chosen.logits, chosen.targets, chosen.signals, settings=settings)[0]
         if (source < 0).all():
             torch.testing.assert_close(values[3.0], values[1.0])
         elif (source >= 0).all():
@@ -54,7 +54,7 @@ def test_topk_losses_are_those_of_the_reference(loss):
     rows = (batch.signals.source >= 0).nonzero()[:, 0]
     scored = batch.rows(rows)
     settings = replace(SETTINGS, opd_loss=loss, jsd_beta=0.3)
-    found, _ = branch_loss(scored.logits, scored.targets, scored.signals, settings)
+    found, _ = branch_loss(scored.logits, scored.targets, scored.signals, settings=settings)
     expected = reference.topk_kl(
         scored.logits, scored.signals.teacher_top_ids, scored.signals.teacher_top_logprobs, KINDS[loss], 0.3
     )
@@ -68,8 +68,8 @@ def test_topk_losses_ignore_the_sampled_token_and_its_importance(loss):
     scored = batch.rows(rows)
     settings = replace(SETTINGS, opd_loss=loss)
     other = scored.but(engine_logprobs=scored.signals.engine_logprobs - 3)
-    found, _ = branch_loss(other.logits, (other.targets + 1) % 11, other.signals, settings)
-    expected, _ = branch_loss(scored.logits, scored.targets, scored.signals, settings)
+    found, _ = branch_loss(other.logits, (other.targets + 1) % 11, other.signals, settings=settings)
+    expected, _ = branch_loss(scored.logits, scored.targets, scored.signals, settings=settings)
     torch.testing.assert_close(found, expected)
 
 
@@ -77,7 +77,7 @@ def test_topk_losses_ignore_the_sampled_token_and_its_importance(loss):
 def test_topk_losses_without_a_top_k_say_so(loss):
     batch = random_batch().but(teacher_top_ids=None, teacher_top_logprobs=None)
     with pytest.raises(ValueError, match=f"{loss} needs the teacher's top-k"):
-        branch_loss(batch.logits, batch.targets, batch.signals, replace(SETTINGS, opd_loss=loss))
+        branch_loss(batch.logits, batch.targets, batch.signals, settings=replace(SETTINGS, opd_loss=loss))
 
 
 def test_sampled_advantage_is_clipped_first_and_weighted_then():
@@ -94,7 +94,7 @@ def test_delta_is_taken_against_the_policy_before_the_first_update():
     old = batch.signals.engine_logprobs - 0.1
     teacher = old + 0.7
     later = batch.but(old_logprobs=old, engine_logprobs=old, teacher_logprobs=teacher)
-    loss, stats = branch_loss(later.logits, later.targets, later.signals, SETTINGS)
+    loss, stats = branch_loss(later.logits, later.targets, later.signals, settings=SETTINGS)
     ratio = torch.tensor(0.1, dtype=torch.float64).exp()
     torch.testing.assert_close(loss, -0.7 * ratio)
     assert stats["opd/delta"][0].item() == pytest.approx(12 * 0.7)

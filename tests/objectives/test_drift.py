@@ -16,7 +16,7 @@ SETTINGS = LossSettings(overlap_k=3, teachers=2)
 
 def test_drift_is_measured_per_teacher_and_exactly_when_the_top_k_is_everything():
     batch = random_batch(k=11)
-    stats = drift_stats(batch.logits, batch.targets, batch.signals, SETTINGS)
+    stats = drift_stats(batch.logits, batch.targets, batch.signals, settings=SETTINGS)
     for teacher in range(2):
         rows = batch.signals.source == teacher
         student, other = batch.logits.detach()[rows], batch.teacher_logits[rows]
@@ -36,7 +36,7 @@ def test_drift_is_zero_between_equals():
     signals = batch.signals
     top = torch.log_softmax(batch.logits.detach(), -1).topk(4)
     same = batch.but(teacher_top_ids=top.indices, teacher_top_logprobs=top.values, source=signals.source.clamp(min=0))
-    stats = drift_stats(same.logits, same.targets, same.signals, SETTINGS)
+    stats = drift_stats(same.logits, same.targets, same.signals, settings=SETTINGS)
     assert stats["overlap/0"].tolist() == [8.0, 8.0]
     assert stats["symkl/0"][0].item() == pytest.approx(0.0, abs=1e-9)
 
@@ -44,14 +44,14 @@ def test_drift_is_zero_between_equals():
 def test_measuring_alone_and_while_training_agree():
     batch = random_batch(temperature=0.7)
     settings = replace(SETTINGS, temperature=0.7)
-    _, training = branch_loss(batch.logits, batch.targets, batch.signals, settings)
-    for name, pair in drift_stats(batch.logits, batch.targets, batch.signals, settings).items():
+    _, training = branch_loss(batch.logits, batch.targets, batch.signals, settings=settings)
+    for name, pair in drift_stats(batch.logits, batch.targets, batch.signals, settings=settings).items():
         torch.testing.assert_close(training[name], pair)
 
 
 def test_nothing_scored_is_nothing_measured():
     batch = random_batch(teachers=0).but(teacher_logprobs=None, teacher_top_ids=None, teacher_top_logprobs=None)
-    stats = drift_stats(batch.logits, batch.targets, batch.signals, SETTINGS)
+    stats = drift_stats(batch.logits, batch.targets, batch.signals, settings=SETTINGS)
     assert set(stats) == {f"{name}/{teacher}" for name in ("overlap", "symkl", "kl_forward") for teacher in (0, 1)}
     assert all(pair.tolist() == [0.0, 0.0] for pair in stats.values())
 
@@ -59,7 +59,7 @@ def test_nothing_scored_is_nothing_measured():
 def test_drift_without_a_top_k_says_so():
     batch = random_batch().but(teacher_top_ids=None, teacher_top_logprobs=None)
     with pytest.raises(ValueError, match="drift needs the teacher's top-k"):
-        drift_stats(batch.logits, batch.targets, batch.signals, SETTINGS)
+        drift_stats(batch.logits, batch.targets, batch.signals, settings=SETTINGS)
 
 
 def test_low_support_counts_rollouts_by_the_ratio_of_whole_sequences():

@@ -27,11 +27,11 @@ def settings_for(loss: str, **changes) -> LossSettings:
 
 
 def loss_of(batch, settings) -> torch.Tensor:
-    return branch_loss(batch.logits, batch.targets, batch.signals, settings)[0]
+    return branch_loss(batch.logits, batch.targets, batch.signals, settings=settings)[0]
 
 
 def stat(batch, settings, name: str) -> float:
-    total, count = branch_loss(batch.logits, batch.targets, batch.signals, settings)[1][name].tolist()
+    total, count = branch_loss(batch.logits, batch.targets, batch.signals, settings=settings)[1][name].tolist()
     return total / count
 
 
@@ -208,13 +208,13 @@ def test_pitfall_09_delta_is_clipped(sign):
 @pytest.mark.parametrize("loss", EVERY)
 def test_pitfall_11_slicing_everything_alike_changes_nothing(loss):
     batch, settings = random_batch(), settings_for(loss)
-    whole, whole_stats = branch_loss(batch.logits, batch.targets, batch.signals, settings)
+    whole, whole_stats = branch_loss(batch.logits, batch.targets, batch.signals, settings=settings)
     (whole_gradient,) = torch.autograd.grad(whole, batch.logits)
     # A context-parallel rank r of 2 gets chunks r and 3 − r of 4.
     chunks = torch.arange(12).chunk(4)
     slices = [torch.cat([chunks[0], chunks[3]]), torch.cat([chunks[1], chunks[2]])]
     ranks = [batch.rows(rows) for rows in slices]
-    parts = [branch_loss(rank.logits, rank.targets, rank.signals, settings) for rank in ranks]
+    parts = [branch_loss(rank.logits, rank.targets, rank.signals, settings=settings) for rank in ranks]
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
     for rows, rank, (part, _) in zip(slices, ranks, parts, strict=True):
         torch.testing.assert_close(torch.autograd.grad(part, rank.logits)[0], whole_gradient[rows])
@@ -252,10 +252,10 @@ def test_pitfall_12_masked_rows_take_part_in_nothing_on_either_side(loss):
         teacher_top_ids=signals.teacher_top_ids.index_fill(0, masked, -1),
     )
     settings = settings_for(loss)
-    found, found_stats = branch_loss(padded.logits, padded.targets, padded.signals, settings)
+    found, found_stats = branch_loss(padded.logits, padded.targets, padded.signals, settings=settings)
     (gradient,) = torch.autograd.grad(found, padded.logits)
     alone = batch.rows(kept)
-    expected, expected_stats = branch_loss(alone.logits, alone.targets, alone.signals, settings)
+    expected, expected_stats = branch_loss(alone.logits, alone.targets, alone.signals, settings=settings)
     (expected_gradient,) = torch.autograd.grad(expected, alone.logits)
 
     torch.testing.assert_close(found, expected)

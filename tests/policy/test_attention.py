@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from copd_megatron.policy.attention import AttentionPlan, PackedAttention, PackedTokens
+from copd_megatron.policy.context import Stripe
 from copd_megatron.policy.packed import Segments
 
 NONE = torch.empty(0, dtype=torch.int64)
@@ -94,3 +95,27 @@ def test_sequences_without_padding_need_no_index_and_no_mask() -> None:
 
     assert [(call.queries, call.keys, call.mask) for call in plan.calls] == [(slice(0, 15), slice(0, 15), None)]
     assert plan.unpack is None
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.causal])
+def test_stripes_together_give_what_one_rank_gives(name: str, count: int) -> None:
+    segments = CASES[name]
+    missing = -segments.tokens % count
+    if missing:  # as `share` does it
+        segments = Segments(
+            segments.prompt_lengths,
+            torch.cat([segments.response_lengths, torch.tensor([missing])]),
+            torch.cat([segments.prompt_of, torch.tensor([0])]),
+        )
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(segments.tokens, 1, heads, 8, generator=generator) for heads in (4, 2, 2))
+    whole = PackedAttention()(
+        query, key, value, packed_seq_params=PackedTokens(AttentionPlan.of(segments, torch.device("cpu")))
+    )
+    keys_and_values = torch.stack([key.squeeze(1), value.squeeze(1)], dim=1)
+    for rank in range(count):
+        plan = AttentionPlan.of(segments, torch.device("cpu"), Stripe(rank, count))
+        packed = PackedTokens(plan, gather=lambda own: keys_and_values)
+        ours = PackedAttention()(*(each[rank::count] for each in (query, key, value)), packed_seq_params=packed)
+        torch.testing.assert_close(ours, whole[rank::count], rtol=0, atol=2e-6)

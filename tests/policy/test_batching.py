@@ -126,7 +126,6 @@ def test_prompt_and_pictures_of_a_group_are_packed_once() -> None:
     assert batch.visual_index.tolist() == [1, 3], "a sampled image token has no patch"
     assert result.tokens == 8 + 5 * 2
     assert result.unshared_tokens == 3 * 5 + 5 + 4
-    assert result.useful_share == 1.0
 
 
 def test_text_only_micro_batches_carry_no_pictures() -> None:

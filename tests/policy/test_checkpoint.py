@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import random
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_policy import SIZE, base_folder, make_samples, new_policy, toy_loss, weights_of, worst_difference
 
+from copd_megatron import files
 from copd_megatron.errors import CopdError
-from copd_megatron.policy import checkpoint
+from copd_megatron.policy import checkpoint, manifest
 from copd_megatron.policy import layout as layouts
 from copd_megatron.policy.layout import Layout
+
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # isort: skip - after copd_megatron.policy
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +75,7 @@ def test_resumed_run_equals_one_never_stopped(base: Path, tmp_path: Path, precis
     policy = train(new_policy(base, **settings), base, range(3))
     checkpoint.save(policy, tmp_path / "step_0000003", {"sampler": [1, 2]})
     resumed = new_policy(base, **settings)
-    assert checkpoint.load(resumed, tmp_path / "step_0000003") == {"sampler": [1, 2]}
+    assert checkpoint.load(resumed, tmp_path / "step_0000003") == [{"sampler": [1, 2]}]
     assert_same(resumed, policy)
     for one in (policy, resumed):
         train(one, base, range(3, 6))
@@ -111,18 +116,51 @@ def test_incomplete_folders_are_no_checkpoints(trained: Any, tmp_path: Path) -> 
     assert checkpoint.valid_steps(tmp_path) == [3]
     assert checkpoint.newest_valid(tmp_path) == 3
     assert checkpoint.newest_valid(tmp_path / "nowhere") is None
-    with pytest.raises(CopdError, match="not a complete checkpoint"):
+    with pytest.raises(CopdError, match=r"not a usable checkpoint: .* has 1000 bytes, manifest\.json says"):
         checkpoint.load(trained, tmp_path / "step_0000020")
 
 
-def test_pruning_keeps_the_newest_and_clears_remains(trained: Any, tmp_path: Path) -> None:
-    for step in (1, 2, 30):
-        checkpoint.save(trained, checkpoint.step_folder(tmp_path, step), {})
-    (tmp_path / ".step_0000031.tmp").mkdir()
-    (tmp_path / "step_0000040").mkdir()
-    (tmp_path / "notes.txt").write_text("stays")
-    checkpoint.prune(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "step_0000002", "step_0000030"]
+def test_removed_checkpoint_is_gone_at_once(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(trained, checkpoint.step_folder(tmp_path, 3), {})
+
+    def interrupted(folder: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest.shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            manifest.remove(checkpoint.step_folder(tmp_path, 3))
+    assert checkpoint.valid_steps(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".step_0000003.tmp"]
+    manifest.remove(tmp_path / ".step_0000003.tmp")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_newer_format_is_refused_and_named(trained: Any, tmp_path: Path) -> None:
+    folder = checkpoint.step_folder(tmp_path, 3)
+    checkpoint.save(trained, folder, {})
+    content = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**content, "format": manifest.FORMAT + 1}))
+    with pytest.raises(CopdError, match=r"it has format 2, this version reads up to 1; use a newer copd-megatron"):
+        checkpoint.load(trained, folder)
+    (folder / "manifest.json").write_text(json.dumps({"files": content["files"]}))
+    with pytest.raises(CopdError, match="no format number"):
+        checkpoint.load(trained, folder)
+
+
+def test_default_random_generators_go_on_where_they_stood(trained: Any, base: Path, tmp_path: Path) -> None:
+    def drawn() -> list[float]:
+        with get_cuda_rng_tracker().fork():
+            tracked = float(torch.rand(()))
+        return [random.random(), random.gauss(), float(np.random.rand()), float(torch.rand(())), tracked]
+
+    random.gauss()  # leaves a spare number behind, which is state too
+    checkpoint.save(trained, tmp_path / "step_0000003", {})
+    expected = drawn()
+    assert drawn() != expected
+    checkpoint.load(new_policy(base), tmp_path / "step_0000003")
+    assert drawn() == expected
 
 
 class _Payload:
@@ -143,7 +181,7 @@ def test_tampered_checkpoint_is_refused_before_anything_is_unpickled(trained: An
     (folder / ".metadata").write_bytes(payload + b"\0" * (size - len(payload)))
     assert checkpoint.valid_steps(tmp_path) == [3], "sizes alone do not show it"
     policy = new_policy(base)
-    with pytest.raises(CopdError, match=r"\.metadata differ from manifest\.json"):
+    with pytest.raises(CopdError, match=r"\.metadata differs from its checksum in manifest\.json"):
         checkpoint.load(policy, folder)
     assert not (tmp_path / "ran").exists()
     assert policy.version == 0
@@ -169,21 +207,22 @@ def test_failed_write_leaves_older_checkpoints_untouched(trained: Any, base: Pat
     with no_file_larger_than(size), pytest.raises(CopdError, match="could not be written"):
         checkpoint.save(trained, tmp_path / "step_0000003", {})
     assert [path.name for path in tmp_path.iterdir()] == ["step_0000003"]
-    assert checkpoint.load(new_policy(base), tmp_path / "step_0000003") == {"kept": True}
+    assert checkpoint.load(new_policy(base), tmp_path / "step_0000003") == [{"kept": True}]
 
 
 @pytest.mark.parametrize("file", ["state.json", "manifest.json"])
 def test_full_disk_at_the_very_end_leaves_no_checkpoint(
     trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    original = checkpoint.write_atomic
+    original = files.write_atomic
 
     def write(path: Path, content: str) -> None:
         if path.name == file:
             raise OSError(errno.ENOSPC, "No space left on device")
         original(path, content)
 
-    monkeypatch.setattr(checkpoint, "write_atomic", write)
+    for module in (checkpoint, manifest):
+        monkeypatch.setattr(module, "write_atomic", write)
     with pytest.raises(CopdError, match="No space left on device"):
         checkpoint.save(trained, tmp_path / "step_0000004", {})
     assert list(tmp_path.iterdir()) == []

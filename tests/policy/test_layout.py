@@ -14,6 +14,8 @@ from copd_megatron.policy.layout import Layout
 def test_what_is_left_over_is_data_parallel() -> None:
     assert Layout(world=12, tp=2, pp=3).dp == 2
     assert Layout(world=12, tp=2, pp=3).replica == 6
+    assert Layout(world=8, tp=2, cp=2).dp == 2
+    assert Layout(world=4, tp=2, ep=4, etp=1).dp == 2, "experts are divided among replicas, which stay as many"
 
 
 @pytest.mark.parametrize(
@@ -21,9 +23,10 @@ def test_what_is_left_over_is_data_parallel() -> None:
     [
         ({"tp": 0}, r"parallel\.tp is 0"),
         ({"world": 3, "tp": 2}, "world = 3 processes cannot be divided"),
-        ({"world": 2, "cp": 2}, "cp = 2 is not supported yet"),
-        ({"world": 2, "tp": 2, "sequence_parallel": True}, "sequence_parallel is not supported yet"),
-        ({"world": 4, "ep": 2, "vpp": 2}, "vpp = 2, ep = 2 is not supported yet"),
+        ({"world": 6, "tp": 2, "cp": 2}, "replicas of tp × pp × cp = 4"),
+        ({"world": 6, "tp": 2, "ep": 2}, "groups of experts of ep × etp × pp = 4"),
+        ({"world": 2, "sequence_parallel": True}, "needs tp of at least 2"),
+        ({"world": 2, "vpp": 2}, "needs pp of at least 2"),
     ],
 )
 def test_impossible_layouts_are_refused(degrees: dict[str, int], message: str) -> None:
@@ -51,8 +54,8 @@ def test_the_gang_must_have_the_layout_s_size(monkeypatch: pytest.MonkeyPatch) -
         layout.initialize(Layout())
 
 
-def roles() -> tuple[int, bool, bool, int, int, str]:
-    layout.initialize(Layout(world=4, tp=2))
+def roles(degrees: dict[str, int]) -> tuple[int, bool, bool, int, int, str]:
+    layout.initialize(Layout(world=4, **degrees))
     rank = int(os.environ["RANK"])
     result = (
         rank,
@@ -67,8 +70,9 @@ def roles() -> tuple[int, bool, bool, int, int, str]:
 
 
 @pytest.mark.slow
-def test_roles_in_two_replicas_of_two() -> None:
-    assert gang.run(4, roles) == [
+@pytest.mark.parametrize("degrees", [{"tp": 2}, {"cp": 2}], ids=["tp", "cp"])
+def test_roles_in_two_replicas_of_two(degrees: dict[str, int]) -> None:
+    assert gang.run(4, roles, degrees) == [
         (0, True, True, 0, 2, "from 0"),
         (1, False, True, 0, 2, "from 0"),
         (2, True, True, 1, 2, "from 2"),

@@ -47,6 +47,29 @@ def test_types_have_cuda_names_only_inside_the_optimizer() -> None:
     assert parameter.type() == "torch.FloatTensor"
 
 
+def test_streams_and_events_of_cuda_do_nothing() -> None:
+    stream = torch.cuda.Stream()
+
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        event = stream.record_event()
+    event.synchronize()
+
+    assert torch.cuda.current_stream() != stream
+
+
+def test_token_counts_leave_the_dispatcher_as_numbers_of_the_host() -> None:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    counts = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([3, 1]), as_numpy=True)
+
+    assert not torch.is_tensor(counts)
+    assert counts.tolist() == [3, 1]
+    assert torch.is_tensor(token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([3, 1])))
+    assert token_dispatcher.maybe_move_tensor_to_cpu(7) == 7
+    assert moe_utils.te_general_gemm is None
+
+
 def test_preparing_twice_changes_nothing() -> None:
     before = torch.zeros, torch.cuda.current_device, torch.Tensor.cuda
 

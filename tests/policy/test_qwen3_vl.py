@@ -20,7 +20,7 @@ from tiny_qwen3_vl import (
 from copd_megatron.errors import ConfigError, WeightsError
 from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.qwen3_vl import build_model
-from copd_megatron.policy.qwen3_vl.config import load_config, settings
+from copd_megatron.policy.qwen3_vl.config import Recompute, load_config, settings
 from copd_megatron.weights.mapping import to_hf, to_megatron
 
 TEXT = [conversation(1, 9, [5, 3])]
@@ -62,8 +62,8 @@ def test_logprobs_equal_transformers(
     assert (ours - theirs).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_through_shared_prompts_equal_transformers(layout: Layout, recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_gradients_through_shared_prompts_equal_transformers(layout: Layout, recompute: Recompute) -> None:
     hf = reference(config(tied=True, deepstack=(0, 1)))
     model = build_model(hf.config, layout, "fp32", recompute)
     to_megatron(hf.state_dict(), model)
@@ -116,11 +116,6 @@ def test_a_text_batch_leaves_the_vision_tower_alone(layout: Layout) -> None:
 def test_layouts_that_do_not_divide_the_model_are_refused(degrees: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(config(), Layout(**degrees), "fp32")
-
-
-def test_deepstack_must_fit_the_first_stage() -> None:
-    with pytest.raises(ConfigError, match="DeepStack adds image features after the first 2"):
-        settings(config(deepstack=(0, 1)), Layout(world=4, pp=4), "fp32")
 
 
 def test_another_family_is_refused(tmp_path: Path) -> None:

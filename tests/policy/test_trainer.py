@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_policy import base_folder, gradients, make_samples, new_policy, toy_loss, weights_of, worst_difference
 
+from copd_megatron.objectives.vocabulary import Vocabulary
 from copd_megatron.policy import layout as layouts
 from copd_megatron.policy.batching import NATIVE, Sample
 from copd_megatron.policy.layout import Layout
@@ -68,7 +69,7 @@ def reference_backward(model, samples: list[Sample]) -> float:
 
 
 def policy_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, signals: Signals
+    logits: torch.Tensor, targets: torch.Tensor, signals: Signals, _: Vocabulary | None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A loss to which a sample without advantage contributes nothing."""
     logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -210,7 +211,9 @@ def test_old_logprobs_reach_the_loss(base: Path) -> None:
     old = policy.logprobs(samples)
     seen: list[torch.Tensor] = []
 
-    def loss(logits: torch.Tensor, targets: torch.Tensor, signals: Signals) -> tuple[torch.Tensor, dict]:
+    def loss(
+        logits: torch.Tensor, targets: torch.Tensor, signals: Signals, _: Vocabulary | None
+    ) -> tuple[torch.Tensor, dict]:
         assert signals.old_logprobs is not None
         logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
         seen.append((logprobs.detach() - signals.old_logprobs).abs().max())

@@ -11,6 +11,7 @@ import torch
 from tiny_policy import base_folder, make_samples, new_policy, toy_loss, weights_of, worst_difference
 
 from copd_megatron.errors import TrainingDiverged
+from copd_megatron.objectives.vocabulary import Vocabulary
 from copd_megatron.policy import layout as layouts
 from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.packed import Signals
@@ -26,9 +27,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     layouts.shutdown()
 
 
-def nan_loss(logits: torch.Tensor, targets: torch.Tensor, signals: Signals) -> LossResult:
+def nan_loss(logits: torch.Tensor, targets: torch.Tensor, signals: Signals, _: Vocabulary | None) -> LossResult:
     """Loss and gradient are NaN."""
-    loss, stats = toy_loss(logits, targets, signals)
+    loss, stats = toy_loss(logits, targets, signals, None)
     return loss * float("nan"), {**stats, "entropy": stats["entropy"] * float("nan")}
 
 
@@ -42,14 +43,16 @@ class _Explode(torch.autograd.Function):
         return grad * float("inf")
 
 
-def infinite_gradient(logits: torch.Tensor, targets: torch.Tensor, signals: Signals) -> LossResult:
+def infinite_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, signals: Signals, _: Vocabulary | None
+) -> LossResult:
     """The loss is finite, its gradient is not."""
     return toy_loss(_Explode.apply(logits), targets, signals)
 
 
-def infinite_loss(logits: torch.Tensor, targets: torch.Tensor, signals: Signals) -> LossResult:
+def infinite_loss(logits: torch.Tensor, targets: torch.Tensor, signals: Signals, _: Vocabulary | None) -> LossResult:
     """The gradient is finite, the loss is not."""
-    loss, stats = toy_loss(logits, targets, signals)
+    loss, stats = toy_loss(logits, targets, signals, None)
     return loss + float("inf"), stats
 
 

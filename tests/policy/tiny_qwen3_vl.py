@@ -61,12 +61,39 @@ def config(tied: bool = True, deepstack: Sequence[int] = (0,), vocab: int = VOCA
     )
 
 
+def moe_config(dense: Sequence[int] = (), experts: int = 4, deepstack: Sequence[int] = (0, 1), **text: Any) -> Any:
+    """The configuration of a model like `config`'s, with experts in all layers but `dense`."""
+    from transformers import Qwen3VLMoeConfig
+
+    like = config(tied=False, deepstack=deepstack).to_dict()
+    parts = {
+        part: {key: value for key, value in like[part].items() if key != "model_type"}
+        for part in ("text_config", "vision_config")
+    }
+    parts["text_config"] |= {
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "mlp_only_layers": list(dense),
+        **text,
+    }
+    return Qwen3VLMoeConfig(
+        **parts,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        tie_word_embeddings=False,
+    )
+
+
 def reference(hf_config: Any, seed: int = 0) -> Any:
     """transformers' model; weights are large enough, norms and biases random, so that every one of them matters."""
-    from transformers import Qwen3VLForConditionalGeneration
+    import transformers
 
+    kind = {"qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}[hf_config.model_type]
     with torch.random.fork_rng():
-        model = Qwen3VLForConditionalGeneration(hf_config)
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(hf_config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0

@@ -17,21 +17,29 @@ CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz+-*=<>?:, ."
 PATCH, MERGE, FRAMES = 4, 2, 2
 
 
-def build_folder(folder: Path, tied: bool, seed: int = 0) -> Path:
-    """Write a Hugging Face folder with config, random weights and tokenizer."""
+def build_folder(folder: Path, tied: bool, seed: int = 0, experts: int = 0) -> Path:
+    """Write a Hugging Face folder with config, random weights and tokenizer; with `experts`, in two of three layers."""
     declare_torchvision_schemas()
+    import transformers
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
+    transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", additional_special_tokens=SPECIAL[2:]
     ).save_pretrained(folder)
-    config = Qwen3VLConfig(
+    kind = "Qwen3VLMoe" if experts else "Qwen3VL"
+    sparse = {
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "mlp_only_layers": [1],
+    }
+    config = getattr(transformers, f"{kind}Config")(
         text_config={
+            **(sparse if experts else {}),
             "vocab_size": len(vocabulary),
             "hidden_size": 48,
             "intermediate_size": 96,
@@ -74,7 +82,7 @@ def build_folder(folder: Path, tied: bool, seed: int = 0) -> Path:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        Qwen3VLForConditionalGeneration(config).float().save_pretrained(folder)
+        getattr(transformers, f"{kind}ForConditionalGeneration")(config).float().save_pretrained(folder)
     return folder
 
 
@@ -88,6 +96,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose output embedding is its input embedding."""
     return build_folder(tmp_path_factory.mktemp("tied_model"), tied=True, seed=1)
+
+
+@pytest.fixture(scope="session")
+def expert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with experts."""
+    return build_folder(tmp_path_factory.mktemp("expert_model"), tied=False, seed=2, experts=6)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,6 +35,22 @@ def language_model(**options: Any) -> Any:
     return model
 
 
+def model_with_experts() -> Any:
+    """Of two layers the second has experts."""
+    declare_torchvision_schemas()
+    from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextModel
+
+    like = language_model().config.to_dict()
+    sparse = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
+    config = Qwen3VLMoeTextConfig(**{name: like[name] for name in like if name != "model_type"} | sparse)
+    torch.manual_seed(0)
+    model = Qwen3VLMoeTextModel(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(mean=0.5 if parameter.dim() == 1 else 0.0, std=0.3)
+    return model
+
+
 def hidden_states(model: Any, decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
     """Of `tokens` [B, S], one column after another through the decoder; the first two by the model."""
     cache = roomy_cache(len(model.layers), 0)
@@ -45,9 +63,13 @@ def hidden_states(model: Any, decoder: Decoder, tokens: torch.Tensor) -> torch.T
     return torch.cat([start, torch.stack(steps, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
-def test_steps_are_those_of_the_model_before_and_after_new_weights(bias: bool) -> None:
-    model = language_model(attention_bias=bias)
+@pytest.mark.parametrize(
+    "build",
+    [language_model, partial(language_model, attention_bias=True), model_with_experts],
+    ids=["plain", "biased", "experts"],
+)
+def test_steps_are_those_of_the_model_before_and_after_new_weights(build: Callable[[], Any]) -> None:
+    model = build()
     decoder = Decoder(model)
     tokens = torch.randint(40, (3, 40), generator=torch.Generator().manual_seed(1))
     before = model(input_ids=tokens).last_hidden_state

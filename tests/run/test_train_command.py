@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import yaml
-from tiny_run import Command
+from tiny_run import Command, comparable
 
 from copd_megatron.data.prompts import load_processor
 
@@ -107,7 +107,7 @@ def test_killed_rank_and_the_same_command_again_end_in_the_same_bits(command, un
     assert "continuing from step" in output or phase == "explore"
     assert command.weights() == undisturbed.weights()
     for name in ("text", "image"):
-        assert _comparable(command.lines(name)) == _comparable(undisturbed.lines(name))
+        assert comparable(command.lines(name)) == comparable(undisturbed.lines(name))
 
 
 def test_interrupt_saves_all_branches_at_one_step_and_resumes_to_the_same_bits(command, undisturbed):
@@ -124,9 +124,3 @@ def test_interrupt_saves_all_branches_at_one_step_and_resumes_to_the_same_bits(c
     status, output = command.finish()
     assert status == 0, output
     assert command.weights() == undisturbed.weights()
-
-
-def _comparable(lines: list[dict]) -> list[dict]:
-    """Metrics without clocks and memory."""
-    timed = ("time", "tokens_per_second", "rss_gib", "memory_gib", "gpu")
-    return [{key: value for key, value in line.items() if key.split("/")[0] not in timed} for line in lines]

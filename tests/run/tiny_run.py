@@ -13,6 +13,9 @@ from pathlib import Path
 import psutil
 import yaml
 
+from copd_megatron.run_checkpoints import RunCheckpoints
+from copd_megatron.run_folder import RunFolder
+
 TINY = {
     "branches": [
         {"name": "text", "data": {"mini": {"modality": "text"}}},
@@ -39,13 +42,14 @@ class Command:
         self.config = folder / "config.yaml"
         self.config.write_text(yaml.safe_dump({**TINY, "base": str(base), "run_dir": str(self.run), **changes}))
 
-    def start(self) -> subprocess.Popen[str]:
-        """The command in the background."""
+    def start(self, *options: str) -> subprocess.Popen[str]:
+        """The command in the background, in a process group of its own."""
         return subprocess.Popen(
-            [sys.executable, "-m", "copd_megatron.cli", "train", str(self.config)],
+            [sys.executable, "-m", "copd_megatron.cli", "train", str(self.config), *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
         )
 
@@ -87,3 +91,13 @@ class Command:
         """The bytes of every model that the run ends with."""
         files = sorted(self.run.glob("**/model.safetensors"))
         return {str(file.relative_to(self.run)): file.read_bytes() for file in files}
+
+    def checkpoints(self) -> RunCheckpoints:
+        """The run's checkpoints."""
+        return RunCheckpoints(RunFolder(self.run), ["text", "image"])
+
+
+def comparable(lines: list[dict]) -> list[dict]:
+    """Metrics without clocks and memory."""
+    timed = ("time", "tokens_per_second", "rss_gib", "memory_gib", "gpu")
+    return [{key: value for key, value in line.items() if key.split("/")[0] not in timed} for line in lines]

@@ -15,14 +15,17 @@ VOCAB, IMAGE, VIDEO, VISION_START, VISION_END = 40, 36, 37, 38, 39
 
 
 @pytest.fixture(scope="session")
-def build_model() -> Callable[[int], Any]:
-    """Seed -> a transformers Qwen3-VL of about 20,000 parameters."""
+def build_model() -> Callable[..., Any]:
+    """(seed, experts in every layer) -> a transformers Qwen3-VL of about 20,000 parameters."""
     declare_torchvision_schemas()
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    import transformers
 
-    def build(seed: int) -> Any:
-        config = Qwen3VLConfig(
+    def build(seed: int, experts: int = 0) -> Any:
+        kind = "Qwen3VLMoe" if experts else "Qwen3VL"
+        sparse = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+        config = getattr(transformers, f"{kind}Config")(
             text_config={
+                **(sparse if experts else {}),
                 "vocab_size": VOCAB,
                 "hidden_size": 32,
                 "intermediate_size": 48,
@@ -59,18 +62,18 @@ def build_model() -> Callable[[int], Any]:
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return Qwen3VLForConditionalGeneration(config).float().eval()
+            return getattr(transformers, f"{kind}ForConditionalGeneration")(config).float().eval()
 
     return build
 
 
 @pytest.fixture
-def save_model(build_model: Callable[[int], Any], tmp_path: Path) -> Callable[..., Path]:
-    """(seed, dtype) -> the model's Hugging Face folder, with a tokenizer file and a chat template beside it."""
+def save_model(build_model: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
+    """(seed, dtype, experts) -> the model's Hugging Face folder, with a tokenizer file and a chat template."""
 
-    def save(seed: int, dtype: torch.dtype = torch.float32) -> Path:
+    def save(seed: int, dtype: torch.dtype = torch.float32, experts: int = 0) -> Path:
         folder = tmp_path / f"model{seed}"
-        build_model(seed).to(dtype).save_pretrained(folder)
+        build_model(seed, experts).to(dtype).save_pretrained(folder)
         (folder / "tokenizer.json").write_text('{"version": "1.0"}')
         (folder / "chat_template.jinja").write_text("{{ messages }}")
         return folder

@@ -34,9 +34,11 @@ def converted(save_model: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_round_trip_is_bit_exact(save_model: Callable[..., Path], tmp_path: Path, dtype: torch.dtype) -> None:
-    base = save_model(0, dtype)
+@pytest.mark.parametrize(("dtype", "experts"), [(torch.float32, 0), (torch.bfloat16, 0), (torch.float32, 3)])
+def test_round_trip_is_bit_exact(
+    save_model: Callable[..., Path], tmp_path: Path, dtype: torch.dtype, experts: int
+) -> None:
+    base = save_model(0, dtype, experts)
     to_megatron(base, tmp_path / "checkpoint")
     to_hf(tmp_path / "checkpoint", tmp_path / "again", max_shard_bytes=20_000)
     assert _content(tmp_path / "again") == _content(base)

@@ -1,4 +1,4 @@
-"""The policy: dense Qwen3-VL on megatron-core's building blocks."""
+"""The policy: Qwen3-VL on megatron-core's building blocks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from copd_megatron.policy import platform
 
 platform.prepare()
 
+from copd_megatron.policy.fp8 import NO_FP8, Fp8Choice  # noqa: E402
 from copd_megatron.policy.layout import Layout  # noqa: E402
-from copd_megatron.policy.qwen3_vl.config import Precision, load_config, settings, torch_dtype  # noqa: E402
+from copd_megatron.policy.qwen3_vl.config import Precision, Recompute, load_config, settings, torch_dtype  # noqa: E402
 from copd_megatron.policy.qwen3_vl.model import Qwen3VLModel  # noqa: E402
 
 if TYPE_CHECKING:
@@ -20,19 +21,29 @@ __all__ = ["Qwen3VLModel", "build_model"]
 
 
 def build_model(
-    source: str | os.PathLike[str] | Qwen3VLConfig, layout: Layout, precision: Precision, recompute: bool = False
+    source: str | os.PathLike[str] | Qwen3VLConfig,
+    layout: Layout,
+    precision: Precision,
+    recompute: Recompute = "none",
+    fp8: Fp8Choice = NO_FP8,
 ) -> list[Qwen3VLModel]:
-    """This process's part of the model, randomly initialised, on its device: a list of one model chunk.
+    """This process's part of the model, randomly initialised, on its device: one chunk per virtual pipeline stage.
 
     `source` is a Hugging Face folder, of which only config.json is read, or a configuration. `layout.initialize` must
-    have been called. `recompute` trades time for memory: layers are computed again in the backward pass. Weights come
+    have been called. `recompute` and `fp8` are as in `settings`. Weights come
     from `copd_megatron.weights.mapping.to_megatron`. ConfigError if the layout does not fit the model.
     """
     from megatron.core import parallel_state
 
-    model = Qwen3VLModel(
-        settings(load_config(source), layout, precision, recompute),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
-    return [model.to(device=platform.device(), dtype=torch_dtype(precision))]
+    built = settings(load_config(source), layout, precision, recompute, fp8)
+    chunks = []
+    for number in range(layout.vpp):
+        vp_stage = number if layout.vpp > 1 else None
+        model = Qwen3VLModel(
+            built,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        )
+        chunks.append(model.to(device=platform.device(), dtype=torch_dtype(precision)))
+    return chunks

@@ -1,22 +1,28 @@
-"""A Hugging Face Qwen3-VL configuration as what megatron-core needs to know."""
+"""A Hugging Face Qwen3-VL configuration, dense or with experts, as what megatron-core needs to know."""
 
 from __future__ import annotations
 
 import functools
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
+from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeConfig
 
 from copd_megatron.errors import ConfigError, WeightsError
 from copd_megatron.policy import platform
+from copd_megatron.policy.fp8 import NO_FP8, Fp8Choice, fp8_options
 from copd_megatron.policy.layout import Layout
+from copd_megatron.policy.qwen3_vl.moe import moe_fields
+
+HfConfig: TypeAlias = Qwen3VLConfig | Qwen3VLMoeConfig
 
 Precision = Literal["fp32", "bf16"]
+Recompute = Literal["none", "selective", "full"]
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -52,33 +58,45 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class Qwen3VLSettings:
-    """One model on one layout: settings and the `TransformerConfig`s of both transformers."""
+    """One model on one layout: settings and the `TransformerConfig`s of both transformers.
 
-    hf: Qwen3VLConfig
+    `family` is the name of the weight table, and of the model's kind in its config.json.
+    """
+
+    family: str
+    hf: HfConfig
     text: TextSettings
     vision: VisionSettings
     text_config: TransformerConfig
     vision_config: TransformerConfig
 
 
-def load_config(source: str | os.PathLike[str] | Qwen3VLConfig) -> Qwen3VLConfig:
-    """The configuration in a Hugging Face folder (or the one given). WeightsError if it is not a dense Qwen3-VL."""
-    if isinstance(source, Qwen3VLConfig):
+def load_config(source: str | os.PathLike[str] | HfConfig) -> HfConfig:
+    """The configuration in a Hugging Face folder (or the one given). WeightsError if it is not a Qwen3-VL."""
+    if isinstance(source, (Qwen3VLConfig, Qwen3VLMoeConfig)):
         return source
     content, _ = Qwen3VLConfig.get_config_dict(source, local_files_only=True)
-    if content.get("model_type") != Qwen3VLConfig.model_type:
-        raise WeightsError(
-            f"{source}: config.json says model_type {content.get('model_type')!r}; the policy can be "
-            f"{Qwen3VLConfig.model_type!r} only"
-        )
-    config: Qwen3VLConfig = Qwen3VLConfig.from_dict(content)
-    return config
+    for kind in (Qwen3VLConfig, Qwen3VLMoeConfig):
+        if content.get("model_type") == kind.model_type:
+            config: HfConfig = kind.from_dict(content)
+            return config
+    raise WeightsError(
+        f"{source}: config.json says model_type {content.get('model_type')!r}; the policy can be "
+        f"{Qwen3VLConfig.model_type!r} or {Qwen3VLMoeConfig.model_type!r}"
+    )
 
 
-def settings(hf: Qwen3VLConfig, layout: Layout, precision: Precision, recompute: bool = False) -> Qwen3VLSettings:
-    """Everything the model is built from; `recompute` keeps only the layers' inputs for the backward pass.
+def settings(
+    hf: HfConfig,
+    layout: Layout,
+    precision: Precision,
+    recompute: Recompute = "none",
+    fp8: Fp8Choice = NO_FP8,
+) -> Qwen3VLSettings:
+    """Everything the model is built from.
 
-    ConfigError if the model or the layout is not supported.
+    `recompute` computes again in the backward pass: the core attention (`selective`) or all layers (`full`). `fp8` is
+    for the language model's layers. ConfigError if the model or the layout is not supported.
     """
     text, vision = hf.text_config, hf.vision_config
     rope = text.rope_parameters
@@ -92,8 +110,10 @@ def settings(hf: Qwen3VLConfig, layout: Layout, precision: Precision, recompute:
         if activation not in ACTIVATIONS:
             raise ConfigError(f"{part}.hidden_act is {activation!r}; known are {', '.join(ACTIVATIONS)}")
     _check_division(hf, layout)
+    experts = moe_fields(text, layout) if isinstance(hf, Qwen3VLMoeConfig) else {}
     deepstack = tuple(vision.deepstack_visual_indexes)
     return Qwen3VLSettings(
+        family=hf.model_type,
         hf=hf,
         text=TextSettings(
             vocab_size=text.vocab_size,
@@ -131,9 +151,17 @@ def settings(hf: Qwen3VLConfig, layout: Layout, precision: Precision, recompute:
             qk_layernorm=True,
             init_method_std=text.initializer_range,
             pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+            # Two stages that are each other's next and previous one would mix up what they send both ways at once.
+            overlap_p2p_comm=layout.vpp > 1,
+            batch_p2p_comm=layout.vpp == 1,
+            context_parallel_size=layout.cp,
+            sequence_parallel=layout.sequence_parallel,
             # Micro-batches differ in length; the dispatcher is named because its default refuses that, even unused.
-            variable_seq_lengths=layout.pp > 1,
+            variable_seq_lengths=layout.pp > 1 and layout.vpp == 1,
             moe_token_dispatcher_type="alltoall",
+            **experts,
+            **_fp8_fields(hf, layout, fp8),
         ),
         vision_config=_transformer(
             layout,
@@ -152,9 +180,11 @@ def settings(hf: Qwen3VLConfig, layout: Layout, precision: Precision, recompute:
     )
 
 
-def _check_division(hf: Qwen3VLConfig, layout: Layout) -> None:
+def _check_division(hf: HfConfig, layout: Layout) -> None:
     """ConfigError where the layout does not divide the model."""
     text, vision = hf.text_config, hf.vision_config
+    if layout.ep > 1 and not isinstance(hf, Qwen3VLMoeConfig):
+        raise ConfigError(f"parallel.ep = {layout.ep} divides experts, and a {hf.model_type!r} has none; set ep to 1")
     for name, size in (
         ("text_config.num_attention_heads", text.num_attention_heads),
         ("text_config.num_key_value_heads", text.num_key_value_heads),
@@ -164,19 +194,30 @@ def _check_division(hf: Qwen3VLConfig, layout: Layout) -> None:
     ):
         if size % layout.tp:
             raise ConfigError(f"parallel.tp = {layout.tp} does not divide {name} = {size}; choose a divisor")
-    if text.num_hidden_layers % layout.pp:
+    if text.num_hidden_layers % (layout.pp * layout.vpp):
         raise ConfigError(
-            f"parallel.pp = {layout.pp} does not divide text_config.num_hidden_layers = {text.num_hidden_layers}"
-        )
-    first_stage, taps = text.num_hidden_layers // layout.pp, len(vision.deepstack_visual_indexes)
-    if first_stage < taps:
-        raise ConfigError(
-            f"parallel.pp = {layout.pp} leaves {first_stage} layers to the first stage, but DeepStack adds image "
-            f"features after the first {taps}; choose a smaller pp"
+            f"parallel.pp × vpp = {layout.pp} × {layout.vpp} does not divide text_config.num_hidden_layers = "
+            f"{text.num_hidden_layers}"
         )
 
 
-def _transformer(layout: Layout, precision: Precision, recompute: bool, **model: object) -> TransformerConfig:
+def _fp8_fields(hf: HfConfig, layout: Layout, fp8: Fp8Choice) -> dict[str, object]:
+    text = hf.text_config
+    return fp8_options(
+        fp8.recipe,
+        layers=text.num_hidden_layers,
+        stages=layout.pp,
+        bf16_layers_at_start=fp8.bf16_layers_at_start,
+        bf16_layers_at_end=fp8.bf16_layers_at_end,
+        sizes={
+            "text_config.hidden_size": text.hidden_size,
+            "text_config.intermediate_size": text.intermediate_size // layout.tp,
+            "text_config.num_attention_heads × head_dim": text.num_attention_heads * text.head_dim // layout.tp,
+        },
+    )
+
+
+def _transformer(layout: Layout, precision: Precision, recompute: Recompute, **model: object) -> TransformerConfig:
     """A `TransformerConfig` without dropout and without kernels that only exist for CUDA."""
     dtype = torch_dtype(precision)
     return TransformerConfig(
@@ -196,9 +237,10 @@ def _transformer(layout: Layout, precision: Precision, recompute: bool, **model:
         persist_layer_norm=False,
         cuda_graph_scope=[],
         deallocate_pipeline_outputs=True,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_modules=["core_attn"] if recompute == "selective" else None,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
     )
 
 

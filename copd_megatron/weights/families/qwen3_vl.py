@@ -18,10 +18,18 @@ if TYPE_CHECKING:
     from copd_megatron.policy.qwen3_vl.config import Qwen3VLSettings
 
 EMBEDDING = "model.language_model.embed_tokens.weight"
+LAYER, HF_LAYER = "decoder.layers.*.", "model.language_model.layers.*."
 
 
 def table(settings: Qwen3VLSettings) -> tuple[Section, ...]:
     """Every parameter of the model, in the order in which they are exported."""
+    config = settings.text_config
+    layer = attention(config.num_attention_heads, config.num_query_groups) + mlp()
+    return around_layers(settings, (Section(config.num_layers, layer),))
+
+
+def around_layers(settings: Qwen3VLSettings, layers: tuple[Section, ...]) -> tuple[Section, ...]:
+    """The table of a model whose decoder layers are `layers`."""
     text, vision = settings.text, settings.vision
     vocabulary = Padded(text.vocab_size, text.padded_vocab_size)
     output = EMBEDDING if text.tied else "lm_head.weight"
@@ -34,10 +42,7 @@ def table(settings: Qwen3VLSettings) -> tuple[Section, ...]:
             len(vision.deepstack_layers),
             _merger("vision.deepstack_mergers.*", "model.visual.deepstack_merger_list.*"),
         ),
-        Section(
-            settings.text_config.num_layers,
-            _text_layer(settings.text_config.num_attention_heads, settings.text_config.num_query_groups),
-        ),
+        *layers,
         Section(
             1,
             (
@@ -86,9 +91,10 @@ def _merger(m: str, h: str) -> tuple[Row, ...]:
     )
 
 
-def _text_layer(heads: int, groups: int) -> tuple[Row, ...]:
-    m, h = "decoder.layers.*.", "model.language_model.layers.*."
-    attention = h + "self_attn."
+def attention(heads: int, groups: int) -> tuple[Row, ...]:
+    """A decoder layer's attention and the norm before it."""
+    m, h = LAYER, HF_LAYER
+    own = h + "self_attn."
     return (
         Row(
             (m + "input_layernorm.weight", m + "self_attention.linear_qkv.layer_norm_weight"),
@@ -96,13 +102,20 @@ def _text_layer(heads: int, groups: int) -> tuple[Row, ...]:
         ),
         Row(
             m + "self_attention.linear_qkv.weight",
-            (attention + "q_proj.weight", attention + "k_proj.weight", attention + "v_proj.weight"),
+            (own + "q_proj.weight", own + "k_proj.weight", own + "v_proj.weight"),
             QueryKeyValue(heads, groups),
             shard=0,
         ),
-        Row(m + "self_attention.q_layernorm.weight", (attention + "q_norm.weight",)),
-        Row(m + "self_attention.k_layernorm.weight", (attention + "k_norm.weight",)),
-        Row(m + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), shard=1),
+        Row(m + "self_attention.q_layernorm.weight", (own + "q_norm.weight",)),
+        Row(m + "self_attention.k_layernorm.weight", (own + "k_norm.weight",)),
+        Row(m + "self_attention.linear_proj.weight", (own + "o_proj.weight",), shard=1),
+    )
+
+
+def mlp() -> tuple[Row, ...]:
+    """A decoder layer's MLP and the norm before it."""
+    m, h = LAYER, HF_LAYER
+    return (
         Row(
             (m + "pre_mlp_layernorm.weight", m + "mlp.linear_fc1.layer_norm_weight"),
             (h + "post_attention_layernorm.weight",),

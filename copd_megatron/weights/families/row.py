@@ -107,6 +107,25 @@ class FusedQueryKeyValue:
 
 
 @dataclass(frozen=True)
+class ExpertStack:
+    """The matrices of all experts in one tensor [experts, inputs, outputs], as Qwen publishes them and rollout servers
+    read them; Megatron's are [outputs, inputs] each.
+
+    transformers 5 saves [experts, outputs, inputs]; `join` takes both.
+    """
+
+    inputs: int
+    outputs: int
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        (stack,) = parts
+        return stack.transpose(1, 2) if stack.shape[1:] == (self.inputs, self.outputs) else stack
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [full.transpose(1, 2)]
+
+
+@dataclass(frozen=True)
 class Row:
     """One kind of parameter.
 
@@ -114,6 +133,9 @@ class Row:
     for the number in a repeated section. `shard` is the dimension that tensor parallelism divides (None: every rank
     has all of it), with each of `blocks` equal parts of that dimension divided on its own. A row that is not
     `exported` takes a tensor that another row already gives back (tied embeddings).
+
+    With `experts` the row is of so many parameters: the full Megatron tensor is a stack of them, `#` in a name stands
+    for the number of an expert among those of its rank, and `shard` counts the dimensions of one expert's parameter.
     """
 
     megatron: str | tuple[str, ...]
@@ -122,11 +144,13 @@ class Row:
     shard: int | None = None
     blocks: int = 1
     exported: bool = True
+    experts: int = 0
 
 
 @dataclass(frozen=True)
 class Section:
-    """Rows that stand `count` times in the model, numbered from 0."""
+    """Rows that stand `count` times in the model, numbered from `first`."""
 
     count: int
     rows: tuple[Row, ...]
+    first: int = 0

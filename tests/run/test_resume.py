@@ -1,0 +1,123 @@
+"""Prompt streams that go on with another number of replicas; and one run per directory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from copd_megatron.data.sampler import Sampler
+from copd_megatron.errors import CopdError
+from copd_megatron.resume import own_streams, rank_state
+from copd_megatron.run_lock import conductor_lock, hold_worker_lock
+
+SIZE = 30
+
+
+def samplers(replicas: int) -> list[Sampler]:
+    return [Sampler(SIZE, 1, "text", replica, replicas) for replica in range(replicas)]
+
+
+def save(members: list[Sampler], ranks_per_replica: int = 1) -> list[dict]:
+    """What the ranks of a gang save; the first rank of each replica has the streams."""
+    return [
+        rank_state(
+            replica, {"text": {"sampler": one.state_dict(), "refused": {"too long": 1}}} if leader == 0 else None
+        )
+        for replica, one in enumerate(members)
+        for leader in range(ranks_per_replica)
+    ]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 2), (2, 4), (4, 2), (3, 2)])
+@pytest.mark.parametrize("ranks_per_replica", [1, 2])
+def test_no_example_comes_twice_or_is_left_out(before: int, after: int, ranks_per_replica: int) -> None:
+    first = samplers(before)
+    drawn = [index for one in first for index in one.draw(12 // before)]
+    saved = save(first, ranks_per_replica)
+    second = samplers(after)
+    refused = 0
+    for replica, one in enumerate(second):
+        stream = own_streams(saved, replica, after)["text"]
+        one.load_state_dict(stream["sampler"])
+        refused += stream["refused"].get("too long", 0)
+    assert refused == before, "counted once each"
+    drawn += [index for one in second for index in one.draw(12 // after)]
+    undisturbed = Sampler(SIZE, 1, "text").draw(24)
+    assert sorted(drawn) == sorted(undisturbed)
+    assert len(set(drawn)) == 24
+
+
+def test_replicas_that_drew_different_numbers_go_on_where_they_stood() -> None:
+    first = samplers(2)
+    first[0].draw(3)
+    first[1].draw(5)
+    expected = [one.draw(4) for one in (_copy(one, replica) for replica, one in enumerate(first))]
+    saved = save(first)
+    second = samplers(2)
+    for replica, one in enumerate(second):
+        one.load_state_dict(own_streams(saved, replica, 2)["text"]["sampler"])
+    assert [one.draw(4) for one in second] == expected
+
+
+def test_other_number_of_replicas_goes_on_from_the_furthest() -> None:
+    first = samplers(2)
+    seen = set(first[0].draw(3)) | set(first[1].draw(5))
+    alone = Sampler(SIZE, 1, "text")
+    alone.load_state_dict(own_streams(save(first), 0, 1)["text"]["sampler"])
+    assert not seen & set(alone.draw(SIZE - 10))
+
+
+def _copy(sampler: Sampler, replica: int) -> Sampler:
+    twin = Sampler(SIZE, 1, "text", replica, 2)
+    twin.load_state_dict(sampler.state_dict())
+    return twin
+
+
+def test_second_run_on_a_directory_is_refused(tmp_path: Path) -> None:
+    with conductor_lock(tmp_path), pytest.raises(CopdError, match="another `copd train` is running"):
+        conductor_lock(tmp_path).__enter__()
+    with conductor_lock(tmp_path):
+        pass
+
+
+def _hold(run_dir: Path, ready: object, seconds: float) -> None:
+    hold_worker_lock(run_dir)
+    ready.set()
+    time.sleep(seconds)
+
+
+def test_run_waits_until_the_last_ones_ranks_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    worker = context.Process(target=_hold, args=(tmp_path, ready, 60.0))
+    worker.start()
+    assert ready.wait(30)
+    monkeypatch.setattr("copd_megatron.run_lock._PATIENCE_SECONDS", 0.3)
+    with pytest.raises(CopdError, match="processes of an earlier `copd train` are still at work"):
+        conductor_lock(tmp_path).__enter__()
+    worker.kill()
+    worker.join()
+    with conductor_lock(tmp_path):
+        os.close(hold_worker_lock(tmp_path))  # this run's own ranks are welcome
+
+
+def test_process_ends_with_the_one_that_started_it() -> None:
+    child = (
+        "import time; from copd_megatron.run_lock import die_with_parent; "
+        "die_with_parent(); print('up', flush=True); time.sleep(60)"
+    )
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    assert process.stdout.read() == "", "ends when the child, which has the other copy, ends"
+    assert time.monotonic() - began < 20
+    process.wait()
