@@ -146,6 +146,9 @@ def run(settings: SftSettings) -> None:
             writer.close()
             write_folder(settings.out, weights, like=settings.model, overwrite=True)
             Console().print(f"{settings.out}: {settings.steps} updates in {time.perf_counter() - began:.0f} s")
+        else:
+            for _ in weights:  # every rank takes part in gathering
+                pass
     finally:
         layout.shutdown()
 

@@ -13,8 +13,9 @@ from copd_megatron.rhythm import FixedRhythm
 def train(branch: Branch, rhythm: FixedRhythm) -> None:
     """Explore alone, then exchange with the peers, cycle after cycle.
 
-    `branch.settle` ends every update: it measures drift where that is due, saves where a phase ends, and raises
-    `Interrupted` when the run is to stop. After a restart the loops go on from the first update not yet made.
+    `branch.begin` raises `Interrupted`, with a checkpoint behind it, when the run is to stop. `branch.settle` ends
+    every update: it measures drift and begins a checkpoint where that is due, and takes the last one further. After a
+    restart the loops go on from the first update not yet made.
     """
     branch.enter()
     for cycle in range(rhythm.cycles):

@@ -1,10 +1,10 @@
 """Make, or find in the cache, the base model of the mini configs.
 
-    python tools/mini_base.py --seed 0
+    python tools/mini_base.py --seed 0 [--experts 4]
 
-A tiny real Qwen3-VL is built from the seed and cold-started by `copd sft` on demonstrations of mixed quality, which
-takes a minute or two. The result is kept under a hash of everything it depends on; `.cache/mini_base/seed_0` points
-to it.
+A tiny real Qwen3-VL, dense or with experts, is built from the seed and cold-started by `copd sft` on demonstrations of
+mixed quality, which takes a minute or two. The result is kept under a hash of everything it depends on;
+`.cache/mini_base/seed_0`, or `experts4_seed_0`, points to it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ CONFIG = ROOT / "configs" / "mini" / "base.yaml"
 SOURCES = [CONFIG, *sorted((ROOT / "copd_megatron" / "data" / "mini").glob("*.py")), ROOT / "copd_megatron" / "sft.py"]
 
 
-def content_hash(seed: int) -> str:
-    """What the base depends on: seed, recipe, mini suite."""
-    digest = hashlib.sha256(str(seed).encode())
+def content_hash(seed: int, experts: int) -> str:
+    """What the base depends on: seed, experts, recipe, mini suite."""
+    digest = hashlib.sha256(f"{seed} {experts}".encode())
     for source in SOURCES:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
@@ -32,21 +32,23 @@ def main() -> None:
     """Make the base unless it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--experts", type=int, default=0, help="experts per layer (default 0: one MLP)")
     parser.add_argument("--cache", type=Path, default=Path(".cache/mini_base"))
     arguments = parser.parse_args()
 
-    target = arguments.cache / content_hash(arguments.seed)
+    target = arguments.cache / content_hash(arguments.seed, arguments.experts)
     if not (target / "config.json").exists():
         from copd_megatron.config import load_config
-        from copd_megatron.data.mini.model import build
+        from copd_megatron.data.mini.model import ModelSize, build
         from copd_megatron.sft import SftSettings, launch
 
         raw = arguments.cache / f"{target.name}.untrained"
         shutil.rmtree(raw, ignore_errors=True)
-        build(raw, seed=arguments.seed)
+        build(raw, seed=arguments.seed, size=ModelSize(experts=arguments.experts))
         launch(load_config(CONFIG, [f"seed={arguments.seed}", f"model={raw}", f"out={target}"], SftSettings))
         shutil.rmtree(raw)
-    pointer = arguments.cache / f"seed_{arguments.seed}"
+    kind = f"experts{arguments.experts}_" if arguments.experts else ""
+    pointer = arguments.cache / f"{kind}seed_{arguments.seed}"
     temporary = pointer.with_name(f".{pointer.name}.{os.getpid()}")
     temporary.symlink_to(target.name)
     os.replace(temporary, pointer)

@@ -156,8 +156,9 @@ class Policy:
         return result
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, tensor) of every weight, on each replica's leader; other ranks iterate and get nothing.
+        """(Hugging Face name, tensor) of every weight, on each replica's leader.
 
+        Collective over the gang: every process must iterate to the end; those that are no leaders get nothing.
         Tensors may be views of the live parameters: copy what must outlast the next update.
         """
         if self.settings.overlap_param_gather:

@@ -72,6 +72,31 @@ def test_all_branches_stop_before_the_same_step(conductor):
     assert not image.begin(6)
 
 
+def test_one_branch_commits_and_both_learn_of_it(conductor):
+    written, told = [], {}
+
+    def save(name):
+        exchange = branch(conductor, name)
+        exchange.saved(5, f"part of {name}")
+        told[name] = exchange.commit(5, lambda parts: (time.sleep(0.2), written.append(parts)), wait=True)
+
+    threads = [threading.Thread(target=save, args=(name,)) for name in NAMES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert written == [{"text": "part of text", "image": "part of image"}]
+    assert told == {"text": True, "image": True}
+
+
+def test_nothing_is_committed_without_the_peers_part(conductor):
+    text = branch(conductor, "text", wait_seconds=0.3)
+    text.saved(5, "part of text")
+    assert not text.commit(5, lambda parts: pytest.fail("committed"), wait=False)
+    with pytest.raises(PeerLost, match=r"image did not save step 5 within 0\.3 s"):
+        text.commit(5, lambda parts: pytest.fail("committed"), wait=True)
+
+
 def test_endings_and_statuses_reach_the_conductor(conductor):
     supervision = Supervision(conductor, NAMES)
     text = branch(conductor, "text")

@@ -10,7 +10,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from copd_megatron.data.mini.tokenizer import (
     CHAT_TEMPLATE,
@@ -28,7 +28,12 @@ from copd_megatron.files import sync_folder
 from copd_megatron.randomness import seed_for
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLMoeForConditionalGeneration,
+        Qwen3VLProcessor,
+    )
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,9 @@ class ModelSize:
     """The sizes that may be chosen; the defaults give 1.44 M parameters.
 
     With `patch` 4 and `merge` 2 the language model sees one token for each 8 x 8 pixels: one per handwritten digit.
-    `deepstack` names the vision layers whose features are added to the first language layers. `init` is the standard
-    deviation of the initial weights.
+    `deepstack` names the vision layers whose features are added to the first language layers. With `experts`, every
+    language layer has so many in the place of its one MLP, of width `expert_mlp`, of which each token takes two. `init`
+    is the standard deviation of the initial weights.
     """
 
     hidden: int = 128
@@ -53,6 +59,8 @@ class ModelSize:
     patch: int = 4
     merge: int = 2
     deepstack: tuple[int, ...] = (0,)
+    experts: int = 0
+    expert_mlp: int = 96
     init: float = 0.04
 
     def __post_init__(self) -> None:
@@ -66,6 +74,8 @@ class ModelSize:
                 f"head_dim {self.head_dim} must be even, and vision_hidden / vision_heads "
                 f"{self.vision_hidden // self.vision_heads} a multiple of 4: rotary embeddings turn pairs of channels"
             )
+        if self.experts == 1 or self.experts < 0:
+            raise WeightsError(f"experts {self.experts}: expected 0 for one MLP, or at least 2")
         if beyond := [layer for layer in self.deepstack if not 0 <= layer < self.vision_layers]:
             raise WeightsError(f"deepstack names vision layers {beyond}, but there are {self.vision_layers}")
 
@@ -129,14 +139,22 @@ def build_processor(size: ModelSize) -> Qwen3VLProcessor:
     )
 
 
-def build_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForConditionalGeneration:
+def build_model(
+    size: ModelSize, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> Qwen3VLForConditionalGeneration | Qwen3VLMoeForConditionalGeneration:
     """Untrained float32 weights, drawn without touching torch's global random state."""
     import torch
 
     from copd_megatron.policy.platform import declare_torchvision_schemas
 
     declare_torchvision_schemas()
-    from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import (
+        GenerationConfig,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
+    )
 
     token_id = tokenizer.convert_tokens_to_ids
     third = size.head_dim // 2 // 3
@@ -172,7 +190,16 @@ def build_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, seed: int) 
         "deepstack_visual_indexes": list(size.deepstack),
         "initializer_range": size.init,
     }
-    config = Qwen3VLConfig(
+    kind: Any = (Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+    if size.experts:
+        kind = (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration)
+        text |= {
+            "num_experts": size.experts,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": size.expert_mlp,
+            "norm_topk_prob": True,
+        }
+    config = kind[0](
         text_config=text,
         vision_config=vision,
         image_token_id=token_id(IMAGE_PAD),
@@ -184,6 +211,6 @@ def build_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, seed: int) 
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "mini model"))
-        model = Qwen3VLForConditionalGeneration(config)
+        model = kind[1](config)
     model.generation_config = GenerationConfig(eos_token_id=token_id(END), pad_token_id=token_id(END_OF_TEXT))
     return model

@@ -70,7 +70,8 @@ class Qwen3VLModel(LanguageModule):
             self.output_layer = ColumnParallelLinear(
                 self.config.hidden_size,
                 settings.text.padded_vocab_size,
-                config=replace(self.config, sequence_parallel=False),  # its input is gathered before it is selected
+                # Its input is gathered before it is selected; that it has no experts spares a warning.
+                config=replace(self.config, sequence_parallel=False, expert_model_parallel_size=1),
                 init_method=self.config.init_method,
                 bias=False,
                 gather_output=False,
