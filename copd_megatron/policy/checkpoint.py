@@ -217,7 +217,13 @@ def _description(policy: Policy) -> dict[str, Any]:
     config = policy.hf_config.to_dict()
     sizes = {f"{part}.{key}": config[part][key] for part in MODEL_PARTS for key in SIZES if key in config[part]}
     precision = str(policy.model.config.params_dtype).removeprefix("torch.")
-    return {"precision": precision, "optimizer.distributed": policy.settings.distributed, **sizes}
+    return {
+        "precision": precision,
+        "optimizer.distributed": policy.settings.distributed,
+        # Divided experts have an optimizer of their own, whose state no other layout can take over.
+        "parallel.ep > 1": policy.model.config.expert_model_parallel_size > 1,
+        **sizes,
+    }
 
 
 def _layout() -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import gang
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_policy import base_folder, make_samples, new_policy, toy_loss, weights_of, worst_difference
+from tiny_policy import SIZE, base_folder, make_samples, new_policy, toy_loss, weights_of, worst_difference
 
+from copd_megatron.data.mini.model import ModelSize, build
 from copd_megatron.errors import CopdError
 from copd_megatron.policy import async_writer, checkpoint
 from copd_megatron.policy import layout as layouts
@@ -153,3 +155,44 @@ def test_failure_of_one_rank_is_everyones(base: Path, tmp_path: Path) -> None:
         assert "could not be written" in told
         assert "Input/output error" in told
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "before", "after"),
+    [
+        (replace(SIZE, layers=4), Layout(world=2, pp=2, vpp=2), Layout(world=2, cp=2)),
+        (replace(SIZE, layers=4), Layout(world=2, cp=2), Layout(world=2, pp=2, vpp=2)),
+        (replace(SIZE, experts=4, expert_mlp=24), Layout(world=2, pp=2), Layout(world=2)),
+    ],
+    ids=["vpp-cp", "cp-vpp", "experts"],
+)
+def test_moments_of_chunks_and_experts_move_too(tmp_path: Path, size: ModelSize, before: Layout, after: Layout) -> None:
+    base = tmp_path / "base"
+    build(base, 0, size)
+    gang.run(2, leave, base, tmp_path, before)
+    (version, difference), _ = gang.run(2, arrive, base, tmp_path, after)
+    assert version == 4
+    assert difference < 2e-3
+
+
+def refused(base: Path, root: Path) -> str:
+    layouts.initialize(Layout(world=2))
+    policy = new_policy(base, Layout(world=2), distributed=True)
+    try:
+        checkpoint.load(policy, root / "step_0000003")
+    except CopdError as error:
+        return str(error)
+    return "loaded"
+
+
+@pytest.mark.slow
+def test_divided_experts_stay_divided(tmp_path: Path) -> None:
+    """megatron-core keeps their moments in an optimizer of their own, which other layouts do not have."""
+    base = tmp_path / "base"
+    build(base, 0, replace(SIZE, experts=4, expert_mlp=24))
+    gang.run(2, leave, base, tmp_path, Layout(world=2, ep=2))
+    assert all(
+        "was saved with parallel.ep > 1 True, this run has False" in told
+        for told in gang.run(2, refused, base, tmp_path)
+    )

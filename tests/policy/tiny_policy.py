@@ -39,9 +39,9 @@ def new_policy(
 def make_samples(base: Path, prompts: int, group: int, seed: int = 0, teachers: bool = False) -> list[Sample]:
     """`group` responses to each of `prompts` prompts; every other prompt has pictures. With `teachers` half of the
     groups are cross samples of teacher 0."""
-    from transformers import Qwen3VLConfig
+    from transformers import AutoConfig
 
-    config = Qwen3VLConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base)
     draw = generator(seed, "samples")
 
     def ids(count: int) -> tuple[int, ...]:
@@ -129,7 +129,9 @@ def gradients(policy: Any) -> dict[str, torch.Tensor]:
 
 def weights_of(policy: Any) -> dict[str, torch.Tensor]:
     """A copy of the weights by Hugging Face name."""
-    return {name: tensor.detach().clone() for name, tensor in policy.named_weights()}
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in policy.named_weights()
+    }
 
 
 def worst_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
