@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -46,7 +46,7 @@ class Row:
     degrees: dict[str, Any]
     model: str = "dense"
     optimizer: dict[str, Any] | None = None
-    recompute: str | None = None
+    recompute: Literal["none", "selective", "full"] = "none"
 
     @property
     def world(self) -> int:
@@ -55,6 +55,8 @@ class Row:
 
 ROWS = {
     "one process": Row({}),
+    "selective recompute": Row({}, recompute="selective"),
+    "full recompute": Row({}, recompute="full"),
     "TP2": Row({"world": 2, "tp": 2}),
     "TP2+SP": Row({"world": 2, "tp": 2, "sequence_parallel": True}),
     "PP2": Row({"world": 2, "pp": 2}),
@@ -190,7 +192,7 @@ def member(work: Path, name: str) -> None:
     settings = OptimizerSettings(lr=1e-2, eps=1e-3, clip_grad=0, **(row.optimizer or {}))
     loss = partial(branch_loss, settings=LossSettings(opd_loss="topk_forward", overlap_k=5, teachers=1))
     for kind in MODELS[row.model]:
-        policy = Policy(work / kind, layout, settings, "fp32", max_tokens_per_microbatch=80)
+        policy = Policy(work / kind, layout, settings, "fp32", 80, recompute=row.recompute)
         results: dict[str, torch.Tensor] = {}
         metrics = []
         for step in range(UPDATES):
@@ -321,7 +323,7 @@ def compare(work: Path, names: Sequence[str]) -> bool:
     table = Table(title="largest difference to one process, float32")
     for column in ("layout", "processes", *(f"{key} (≤ {limit:g})" for key, limit in TOLERANCES.items()), ""):
         table.add_column(column, justify="left" if column == "layout" else "right")
-    console, passed = Console(), True
+    console, passed = Console(width=max(Console().width, 120)), True
     for name in dict.fromkeys([*(REFERENCES[model] for model in sorted(models)), *names]):
         console.print(f"{name} …")
         run_row(work, name)
