@@ -14,12 +14,9 @@ import argparse
 import json
 import os
 import platform as machine
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -28,6 +25,7 @@ from typing import Any
 from copd_megatron.files import write_atomic
 
 sys.path.insert(0, str(Path(__file__).parent))
+import launch
 from bench_growth_worker import KINDS, REST, Case
 from bench_model import Shape, write_model
 
@@ -39,36 +37,16 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 def run(case: Case, timeout: float) -> dict[str, Any]:
     """What the case's first process reports, with the largest `peak_mib` of all; {"skipped"} or {"failed"}: reason."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(case.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as name:
-        files = [(Path(name) / f"{rank}.out", Path(name) / f"{rank}.err") for rank in range(case.world)]
-        processes = []
-        try:
-            for rank, (out, err) in enumerate(files):
-                environment = {**os.environ, **threads, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                command = [sys.executable, str(WORKER), case.text()]
-                with out.open("w") as stdout, err.open("w") as stderr:
-                    processes.append(subprocess.Popen(command, env=environment, stdout=stdout, stderr=stderr))
-            deadline = time.monotonic() + timeout
-            while any(process.poll() is None for process in processes):
-                if any(process.returncode for process in processes):
-                    break  # the others would wait for it
-                if time.monotonic() > deadline:
-                    return {"failed": f"no result after {timeout:g} s"}
-                time.sleep(0.02)
-            codes = [process.returncode for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        for code, (_, err) in zip(codes, files, strict=True):
+        folder = Path(name)
+        codes = launch.run([sys.executable, str(WORKER), case.text()], case.world, folder, timeout)
+        for rank, code in enumerate(codes):
             if code:
-                return {"failed": (err.read_text().strip().splitlines() or ["no message"])[-1]}
-        results = [json.loads(out.read_text().splitlines()[-1]) for out, _ in files]
+                words = (folder / f"{rank}.err").read_text().strip().splitlines()
+                return {"failed": (words or ["no message"])[-1]}
+        if None in codes:
+            return {"failed": f"no result after {timeout:g} s"}
+        results = [json.loads((folder / f"{rank}.out").read_text().splitlines()[-1]) for rank in range(case.world)]
     for result in results:
         if "skipped" in result:
             return dict(result)

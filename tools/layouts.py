@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent))
+import launch
 
 if TYPE_CHECKING:
     import torch
@@ -184,6 +184,7 @@ def member(work: Path, name: str) -> None:
     from copd_megatron.policy import layout as layouts
     from copd_megatron.policy.batching import NATIVE
     from copd_megatron.policy.optimizer import OptimizerSettings
+    from copd_megatron.policy.schedule import over_replicas
     from copd_megatron.policy.trainer import Policy
 
     row = ROWS[name]
@@ -199,7 +200,7 @@ def member(work: Path, name: str) -> None:
             samples = make_samples(step)
             mine = _share(samples, layouts.data_parallel_rank(), layout.dp)
             if step == 0:
-                parts = layouts_gathered([part.tolist() for part in policy.logprobs(mine)])
+                parts = over_replicas([part.tolist() for part in policy.logprobs(mine)])
                 order = [
                     position for rank in range(layout.dp) for position in _share(range(len(samples)), rank, layout.dp)
                 ]
@@ -215,13 +216,6 @@ def member(work: Path, name: str) -> None:
             save_file(results, work / f"{name}.{kind}.safetensors")
             (work / f"{name}.{kind}.json").write_text(json.dumps(metrics))
     layouts.shutdown()
-
-
-def layouts_gathered(value: Any) -> list[Any]:
-    """Every replica's `value`."""
-    from copd_megatron.policy.schedule import over_replicas
-
-    return over_replicas(value)
 
 
 def _share(items: Sequence[Any], rank: int, replicas: int) -> list[Any]:
@@ -246,33 +240,16 @@ def _gradients(policy: Any) -> dict[str, torch.Tensor]:
 
 def run_row(work: Path, name: str) -> None:
     """Run a row's gang to its end. Raises SystemExit with a rank's last words if one fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = ROWS[name].world
-    processes = []
-    for rank in range(world):
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        command = [sys.executable, __file__, "--member", name, "--work", str(work)]
-        with (work / f"{name}.{rank}.log").open("w") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=TIMEOUT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    world, logs = ROWS[name].world, work / f"{name}.logs"
+    logs.mkdir(exist_ok=True)
+    command = [sys.executable, __file__, "--member", name, "--work", str(work)]
+    codes = launch.run(command, world, logs, TIMEOUT)
     for rank, code in enumerate(codes):
         if code:
-            words = (work / f"{name}.{rank}.log").read_text()[-3000:]
+            words = (logs / f"{rank}.err").read_text()[-3000:]
             raise SystemExit(f"{name}: rank {rank} of {world} ended with status {code}\n{words}")
+    if None in codes:
+        raise SystemExit(f"{name}: no result after {TIMEOUT:g} s; the last words of each rank are in {logs}")
 
 
 def differences(work: Path, name: str) -> dict[str, float | None]:

@@ -144,7 +144,7 @@ class Policy:
     def logprobs(self, samples: Sequence[Sample], temperature: float = 1.0) -> list[torch.Tensor]:
         """Log-probabilities float32 [R_i] of each sample's response under the current weights, on the CPU.
 
-        Replicas need not take part together.
+        Collective over the replica; with expert parallelism, over the gang.
         """
         packed = self._pack(samples, Counter(sample.source for sample in samples))
         result: list[torch.Tensor] = [torch.empty(0)] * len(samples)

@@ -22,18 +22,8 @@ from tiny_policy import SIZE, base_folder, make_samples, new_policy, toy_loss, w
 from copd_megatron import files
 from copd_megatron.errors import CopdError
 from copd_megatron.policy import checkpoint, manifest
-from copd_megatron.policy import layout as layouts
-from copd_megatron.policy.layout import Layout
 
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # isort: skip - after copd_megatron.policy
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = base_folder(tmp_path_factory.mktemp("policy") / "base")
-    layouts.initialize(Layout())
-    yield folder
-    layouts.shutdown()
 
 
 @pytest.fixture(scope="module")

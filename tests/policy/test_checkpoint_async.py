@@ -4,40 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gang
 import pytest
-from tiny_policy import base_folder, make_samples, new_policy, toy_loss, weights_of, worst_difference
+from tiny_policy import make_samples, new_policy, toy_loss, weights_of, worst_difference
 
 from copd_megatron.errors import CopdError
 from copd_megatron.policy import async_writer, checkpoint
 from copd_megatron.policy import layout as layouts
 from copd_megatron.policy.layout import Layout
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = base_folder(tmp_path_factory.mktemp("policy") / "base")
-    layouts.initialize(Layout())
-    yield folder
-    layouts.shutdown()
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Writers wait until it is set."""
-    event = threading.Event()
-    original = async_writer.FileSystemWriter.write_data
-
-    def slow(self: Any, *arguments: Any) -> Any:
-        assert event.wait(timeout=60)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(async_writer.FileSystemWriter, "write_data", slow)
-    return event
 
 
 def train(policy: Any, base: Path, steps: range) -> Any:

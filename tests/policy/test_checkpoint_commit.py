@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from tiny_policy import base_folder, make_samples, new_policy, toy_loss
+from tiny_policy import make_samples, new_policy, toy_loss
 
 from copd_megatron.checkpointer import Checkpointer
 from copd_megatron.config import RunConfig
 from copd_megatron.errors import CopdError
 from copd_megatron.exchange import Exchange, Supervision
 from copd_megatron.policy import async_writer
-from copd_megatron.policy import layout as layouts
-from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.manifest import describe, write_manifest
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
@@ -26,14 +23,6 @@ from copd_megatron.spokesman import Spokesman
 
 NAMES = ["text", "image"]
 BRANCHES = [{"name": name, "data": {"mini": {"modality": name}}} for name in NAMES]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = base_folder(tmp_path_factory.mktemp("policy") / "base")
-    layouts.initialize(Layout())
-    yield folder
-    layouts.shutdown()
 
 
 class Run:
@@ -78,20 +67,6 @@ class Run:
 @pytest.fixture
 def run(base: Path, tmp_path: Path) -> Run:
     return Run(base, tmp_path / "run")
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Writers wait until it is set."""
-    event = threading.Event()
-    original = async_writer.FileSystemWriter.write_data
-
-    def slow(self: Any, *arguments: Any) -> Any:
-        assert event.wait(timeout=60)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(async_writer.FileSystemWriter, "write_data", slow)
-    return event
 
 
 def test_checkpoint_counts_when_every_branch_has_its_part(run: Run) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +11,8 @@ from safetensors.torch import load_file
 from tiny_policy import base_folder, gradients, make_samples, new_policy, toy_loss, weights_of, worst_difference
 
 from copd_megatron.objectives.vocabulary import Vocabulary
-from copd_megatron.policy import layout as layouts
 from copd_megatron.policy.batching import NATIVE, Sample
-from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.packed import Signals
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = base_folder(tmp_path_factory.mktemp("policy") / "base")
-    layouts.initialize(Layout())
-    yield folder
-    layouts.shutdown()
 
 
 def reference_model(base: Path):

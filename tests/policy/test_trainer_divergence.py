@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_policy import base_folder, make_samples, new_policy, toy_loss, weights_of, worst_difference
+from tiny_policy import make_samples, new_policy, toy_loss, weights_of, worst_difference
 
 from copd_megatron.errors import TrainingDiverged
 from copd_megatron.objectives.vocabulary import Vocabulary
-from copd_megatron.policy import layout as layouts
-from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.packed import Signals
 
 LossResult = tuple[torch.Tensor, dict[str, torch.Tensor]]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = base_folder(tmp_path_factory.mktemp("policy") / "base")
-    layouts.initialize(Layout())
-    yield folder
-    layouts.shutdown()
 
 
 def nan_loss(logits: torch.Tensor, targets: torch.Tensor, signals: Signals, _: Vocabulary | None) -> LossResult:

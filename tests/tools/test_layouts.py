@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import layouts
 import pytest
 import torch
 from safetensors.torch import save_file
-
-TOOL = Path(__file__).parents[2] / "tools" / "layouts.py"
-
-
-def _tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("layouts", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["layouts"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-layouts = _tool()
 
 
 @pytest.fixture(scope="module")
