@@ -44,7 +44,7 @@ class Exchange:
 
     def report(self, status: str) -> None:
         """Publish this branch's status line (JSON) for the display."""
-        self._store.set(f"status/{self.me}", status)
+        self._say(f"status/{self.me}", status)
 
     def begin(self, step: int) -> bool:
         """Say that update `step` is about to start; False if the run is to stop before it.
@@ -56,8 +56,8 @@ class Exchange:
         return not (self._store.check([_STOP]) and step >= int(self._store.get(_STOP)))
 
     def end(self, ending: str) -> None:
-        """Leave a last word: "done", "interrupted", or "failed: reason"."""
-        self._store.set(f"ending/{self.me}", ending)
+        """Leave a last word: "done", "interrupted", or "failed: reason"; on return the conductor can read it."""
+        self._say(f"ending/{self.me}", ending)
 
     def meet(self, point: str) -> None:
         """Return when every branch has reached `point`. Raises PeerLost if one is gone or takes too long."""
@@ -87,6 +87,12 @@ class Exchange:
         if wait:
             self._await([f"committed/{step}/the run"], f"commit the checkpoint of step {step}")
         return bool(self._store.check([f"committed/{step}/the run"]))
+
+    def _say(self, key: str, value: str) -> None:
+        # `set` returns when the bytes are on their way. The answer to a question on the same connection says that they
+        # have arrived: a process that ends right after this leaves its word behind.
+        self._store.set(key, value)
+        self._store.check([key])
 
     def _await(self, keys: list[str], what: str) -> None:
         deadline = time.monotonic() + self._wait_seconds
