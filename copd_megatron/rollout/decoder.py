@@ -1,19 +1,18 @@
-"""One token at a time through a transformers language model, on the model's own weights.
+"""A few tokens at a time through a transformers language model, on the model's own weights.
 
-Decoding in small batches is bound by the number of operations, not by their size. Here a layer takes the fewest that
-torch has: one product for queries, keys and values, one for gate and up, one norm and one rotation for all heads, and
-residuals added by the products that make them.
+transformers' own modules take many small operations around the matrix products, which decoding in small batches is
+bound by. Here a layer takes few, and writes over what is no longer needed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from copd_megatron.policy.elementwise import rotated
+from copd_megatron.policy.products import product
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -26,140 +25,124 @@ if TYPE_CHECKING:
 VECTOR = 16
 """torch's softmax is scalar, and ten times slower, for rows shorter than this."""
 
+FEW_KEYS = 128
+"""Several queries' scores to no more keys than this are computed all at once; one query's always are."""
+
 
 class Decoder:
-    """The decoding step of `model`, whose weights it shares: after the model's are overwritten it uses the new ones."""
+    """Continues sequences as `model` would, on its weights: after they are overwritten it uses the new ones."""
 
     def __init__(self, model: Qwen3VLTextModel) -> None:
         self._model = model
-        self._layers = [_Layer.of(layer) for layer in model.layers]
+        self._layers = [_Layer(layer) for layer in model.layers]
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [B, S, D] for positions int64 [B, S] of tokens that are not of an image."""
+        """Cosines and sines [B, N, D] for positions int64 [B, N] of tokens that are not of an image."""
         embeddings = self._model.embed_tokens.weight
         cos, sin = self._model.rotary_emb(embeddings, positions.expand(3, -1, -1))
         return cos, sin
 
-    def step(
+    def extend(
         self,
         token_ids: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor],
         cache: DynamicCache,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Hidden states [B, H] of `token_ids` int64 [B], which are appended to `cache`.
+        """Hidden states [B, N, H] of `token_ids` int64 [B, N], which are appended to `cache`.
 
-        `angles` [B, D] each are those of the tokens' positions. `mask` bool [B, S] tells which of the cached columns,
-        the new one included, are real; None if all are.
+        `angles` [B, N, D] each are those of the tokens' positions. `mask` bool [B, S] tells which of the cached
+        columns, the new ones included, are real; None if all are.
         """
-        cos, sin = (wave[:, None] for wave in angles)
-        bias = None
-        if mask is not None:
-            bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)[:, None, None]
-        hidden = F.embedding(token_ids, self._model.embed_tokens.weight)
+        rows, new = token_ids.shape
+        cos, sin = (wave.reshape(rows * new, 1, -1) for wave in angles)
+        seen = seen_columns(new, cache.get_seq_length() + new, mask, token_ids.device)
+        hidden = F.embedding(token_ids.flatten(), self._model.embed_tokens.weight)
         for index, layer in enumerate(self._layers):
-            query, key, value = layer.project(hidden, cos, sin)
-            keys, values = cache.update(key, value, index)
-            hidden = layer.finish(hidden, attend(query, keys, values, layer.scale, bias))
-        return _norm(self._model.norm, hidden)
+            query, key, value = (states.unflatten(0, (rows, new)) for states in layer.project(hidden, cos, sin))
+            keys, values = cache.update(key.transpose(1, 2), value.transpose(1, 2), index)
+            hidden = layer.finish(hidden, attend(query, keys, values, layer.scale, seen))
+        return _norm(self._model.norm, hidden).unflatten(0, (rows, new))
+
+
+def seen_columns(new: int, length: int, mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """What each of the `new` last of `length` columns sees, as `attend` takes it."""
+    if new == 1:
+        if mask is None:
+            return None
+        seen = mask[:, None, :]
+    else:
+        columns = torch.arange(length, device=device)
+        seen = (columns <= columns[-new:, None])[None]
+        if mask is not None:
+            seen = seen & mask[:, None, :]
+    if new > 1 and length > FEW_KEYS:
+        return seen
+    return torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
 
 
 def attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, bias: torch.Tensor | None
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, seen: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attention of one query per row: `query` [B, heads, D], `keys` and `values` [B, groups, S, D] to [B, heads * D].
+    """Attention: `query` [B, N, heads, D], `keys` and `values` [B, groups, S, D] to [B * N, heads * D].
 
-    `bias` float32 [B, 1, 1, S], 0 or -inf, is added to the scores. For one query, two batched products take half the
-    time of `scaled_dot_product_attention`; the heads that share a key are so many queries to it.
+    `seen` [B or 1, N, S] is bool, True where attention is allowed, or float32, 0 or -inf, and is then added to the
+    scores; None if every query sees all. With few keys, two batched products take half the time of
+    `scaled_dot_product_attention`; the heads that share a key are so many more queries to it.
     """
-    rows, heads, size = query.shape
+    rows, new, heads, size = query.shape
     groups, length = keys.shape[1:3]
-    asked = query.reshape(rows * groups, heads // groups, size)
+    if seen is not None and seen.dtype is torch.bool:
+        query = query.transpose(1, 2)
+        attended = F.scaled_dot_product_attention(query, keys, values, seen[:, None], scale=scale, enable_gqa=True)
+        return attended.transpose(1, 2).reshape(rows * new, heads * size)
+    sharing = heads // groups
+    asked = query.unflatten(2, (groups, sharing)).transpose(1, 2).reshape(rows * groups, new * sharing, size)
     scores = torch.bmm(asked, keys.flatten(0, 1).transpose(1, 2)).float().mul_(scale)
-    if bias is not None:
-        scores.view(rows, groups, -1, length).add_(bias)
+    if seen is not None:
+        scores.view(rows, groups, new, sharing, length).add_(seen[:, None, :, None])
     if length < VECTOR:
         scores = F.pad(scores, (0, VECTOR - length), value=-torch.inf)
     weights = scores.softmax(-1)[..., :length].to(values.dtype)
-    return torch.bmm(weights, values.flatten(0, 1)).view(rows, heads * size)
+    attended = torch.bmm(weights, values.flatten(0, 1)).view(rows, groups, new, sharing, size)
+    return attended.transpose(1, 2).reshape(rows * new, heads * size)
 
 
-@dataclass(frozen=True)
-class _Joint:
-    """Linear layers of the same input as one; the layers' own parameters are views of it."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    @staticmethod
-    def of(*parts: torch.nn.Linear) -> _Joint:
-        weight = torch.cat([part.weight.data for part in parts])
-        sizes = [len(part.weight) for part in parts]
-        for part, view in zip(parts, weight.split(sizes), strict=True):
-            part.weight.data = view
-        if parts[0].bias is None:
-            return _Joint(weight, None)
-        bias = torch.cat([part.bias.data for part in parts])
-        for part, view in zip(parts, bias.split(sizes), strict=True):
-            part.bias.data = view
-        return _Joint(weight, bias)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
 class _Layer:
-    """A decoder layer around its attention. One with experts has no `gate_up`: its MLP is the module's own."""
+    """A decoder layer around its attention."""
 
-    module: Qwen3VLTextDecoderLayer
-    qkv: _Joint
-    gate_up: _Joint | None
-    heads: int
-    groups: int
-    size: int
-    scale: float
-
-    @staticmethod
-    def of(module: Qwen3VLTextDecoderLayer) -> _Layer:
-        attention, mlp = module.self_attn, module.mlp
-        size = attention.head_dim
-        return _Layer(
-            module=module,
-            qkv=_Joint.of(attention.q_proj, attention.k_proj, attention.v_proj),
-            gate_up=_Joint.of(mlp.gate_proj, mlp.up_proj) if hasattr(mlp, "gate_proj") else None,
-            heads=attention.q_proj.out_features // size,
-            groups=attention.k_proj.out_features // size,
-            size=size,
-            scale=attention.scaling,
-        )
+    def __init__(self, module: Qwen3VLTextDecoderLayer) -> None:
+        self.module = module
+        self.scale: float = module.self_attn.scaling
 
     def project(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated queries [B, heads, D], and rotated keys and values [B, groups, 1, D], of `hidden` [B, H]."""
+        """Rotated queries [T, heads, D], rotated keys and values [T, groups, D], of `hidden` [T, H]."""
         attention = self.module.self_attn
-        joint = self.qkv(_norm(self.module.input_layernorm, hidden)).view(len(hidden), -1, self.size)
-        query, key, value = joint.split([self.heads, self.groups, self.groups], dim=1)
+        normed = _norm(self.module.input_layernorm, hidden)
+        query, key, value = (
+            _linear(linear, normed).unflatten(1, (-1, attention.head_dim))
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         query = rotated(_norm(attention.q_norm, query), cos, sin, 1)
         key = rotated(_norm(attention.k_norm, key), cos, sin, 1)
-        return query, key.unsqueeze(2), value.unsqueeze(2)
+        return query, key, value
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """`hidden` [B, H] after the attention's output [B, heads * D] and the MLP have been added."""
-        module = self.module
-        hidden = _added(hidden, attended, module.self_attn.o_proj)
+        """`hidden` [T, H] after the attention's output [T, heads * D] and the MLP have been added."""
+        module, mlp = self.module, self.module.mlp
+        hidden = _linear(module.self_attn.o_proj, attended).add_(hidden)
         normed = _norm(module.post_attention_layernorm, hidden)
-        if self.gate_up is None:
-            return hidden + module.mlp(normed[:, None])[:, 0]
-        gate, up = self.gate_up(normed).chunk(2, dim=-1)
-        return _added(hidden, F.silu(gate).mul_(up), module.mlp.down_proj)
+        if hasattr(mlp, "experts"):
+            return hidden + mlp(normed[:, None])[:, 0]
+        gated = F.silu(_linear(mlp.gate_proj, normed), inplace=True).mul_(_linear(mlp.up_proj, normed))
+        return _linear(mlp.down_proj, gated).add_(hidden)
 
 
 def _norm(module: Qwen3VLTextRMSNorm, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
-def _added(residual: torch.Tensor, x: torch.Tensor, linear: torch.nn.Linear) -> torch.Tensor:
-    added = torch.addmm(residual, x, linear.weight.t())
-    return added if linear.bias is None else added.add_(linear.bias)
+def _linear(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return product(x, module.weight, module.bias)

@@ -15,7 +15,7 @@ import torch
 from copd_megatron.rollout.decoder import Decoder
 from copd_megatron.rollout.kv_cache import roomy_cache
 from copd_megatron.rollout.prompt_batch import PromptBatch
-from copd_megatron.rollout.sampling import choose, token_logprobs
+from copd_megatron.rollout.sampling import choose, likeliest, token_logprobs
 from copd_megatron.rollout.types import Sampling
 
 if TYPE_CHECKING:
@@ -108,12 +108,14 @@ def sample(
             cos, sin = cos[kept], sin[kept]
             mask = None if mask is None else mask[kept]
         seen = None if mask is None else mask[:, : columns + step + 1]
-        rows.hidden = decoder.step(chosen, (cos[:, step], sin[:, step]), rows.cache, seen)
+        angles = cos[:, step : step + 1], sin[:, step : step + 1]
+        rows.hidden = decoder.extend(chosen[:, None], angles, rows.cache, seen)[:, 0]
     return tokens.cpu(), logprobs.cpu(), lengths.cpu()
 
 
 def score(
     model: Qwen3VLForConditionalGeneration,
+    decoder: Decoder,
     rows: Rows,
     responses: Sequence[Sequence[int]],
     top_k: int,
@@ -134,36 +136,17 @@ def score(
         mask = rows.mask
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(responses), width - 1)], dim=1)
-        hidden = torch.cat([hidden, _extend(model, rows, tokens[:, :-1], mask)], dim=1)
+        angles = decoder.angles(rows.position[:, None] + torch.arange(width - 1, device=device))
+        hidden = torch.cat([hidden, decoder.extend(tokens[:, :-1], angles, rows.cache, mask)], dim=1)
     hidden, targets = hidden[:, :width][valid], tokens[valid]
     vocabulary = model.config.text_config.vocab_size
     logprobs, ids, top = [], [], []
     at_once = max(1, LOGITS_AT_ONCE // vocabulary)
     for part, target in zip(hidden.split(at_once), targets.split(at_once), strict=True):
         distribution = token_logprobs(model.lm_head(part), temperature)
-        best = distribution.topk(min(top_k, vocabulary), dim=-1)
+        best, values = likeliest(distribution, min(top_k, vocabulary))
         logprobs.append(distribution.gather(-1, target[:, None])[:, 0].cpu())
-        ids.append(best.indices.cpu())
-        top.append(best.values.cpu())
+        ids.append(best.cpu())
+        top.append(values.cpu())
     sizes = lengths.tolist()
     return torch.cat(logprobs).split(sizes), torch.cat(ids).split(sizes), torch.cat(top).split(sizes)
-
-
-def _extend(
-    model: Qwen3VLForConditionalGeneration, rows: Rows, token_ids: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Hidden states [B, new tokens, H] of `token_ids` int64 [B, new tokens] behind `rows`, which grow by them.
-
-    `mask` covers the cached and the new columns; None if none is padding.
-    """
-    language = model.model.language_model
-    steps = torch.arange(token_ids.shape[1], device=token_ids.device)
-    position_ids = (rows.position[:, None] + steps).expand(3, -1, -1)
-    rows.position = rows.position + token_ids.shape[1]
-    return language(
-        inputs_embeds=language.embed_tokens(token_ids),
-        attention_mask=mask,
-        position_ids=position_ids,
-        past_key_values=rows.cache,
-        use_cache=True,
-    ).last_hidden_state

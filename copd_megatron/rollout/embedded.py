@@ -110,7 +110,7 @@ class EmbeddedEngine:
             with torch.inference_mode():
                 copies, room = [len(members[prompt]) for prompt in chunk], max(map(len, responses))
                 rows = self._prefill([prompts[prompt] for prompt in chunk], copies, room)
-                parts = decoding.score(self.model, rows, responses, top_k, temperature)
+                parts = decoding.score(self.model, self._decoder, rows, responses, top_k, temperature)
             for index, (logprobs, ids, top) in zip(indices, zip(*parts, strict=True), strict=True):
                 results[index] = TeacherScores(self.name, self.version, logprobs.clone(), ids.clone(), top.clone())
         return [results[index] for index in range(len(rollouts))]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from copd_megatron.rollout.sampling import check_sampling, choose, random_numbers, token_logprobs
+from copd_megatron.rollout.sampling import check_sampling, choose, likeliest, random_numbers, token_logprobs
 from copd_megatron.rollout.types import Sampling
 
 SAMPLING = Sampling(max_new_tokens=4, stop_token_ids=(1,))
@@ -99,3 +99,20 @@ def test_meaningless_settings_are_named(setting: str, value: Any) -> None:
     changed: dict[str, Any] = {setting: value}
     with pytest.raises(ValueError, match=rf"sampling\.{setting} is {value}, expected"):
         check_sampling(replace(SAMPLING, **changed))
+
+
+@pytest.mark.parametrize("vocabulary", [7, 64, 2000])
+@pytest.mark.parametrize("k", [1, 5, 7])
+def test_likeliest_tokens_come_first(vocabulary: int, k: int) -> None:
+    logprobs = (torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(k)) * 5).log_softmax(-1)
+    ids, values = likeliest(logprobs, k)
+    ranked, order = torch.sort(logprobs, dim=-1, descending=True, stable=True)
+    assert torch.equal(ids, order[:, :k])
+    assert torch.equal(values, ranked[:, :k])
+
+
+def test_among_equals_the_lower_id_is_the_likelier_from_certain_to_impossible() -> None:
+    logprobs = torch.tensor([[-torch.inf, 0.0, -1e-40, -1.0, -torch.inf, -1.0, -3e38]])
+    ids, values = likeliest(logprobs, 7)
+    assert ids.tolist() == [[1, 2, 3, 5, 6, 0, 4]]
+    assert torch.equal(values, logprobs[:, ids[0]])

@@ -21,6 +21,7 @@ from torch import Tensor
 from copd_megatron.policy import platform
 from copd_megatron.policy.attention import PackedAttention, PackedTokens
 from copd_megatron.policy.elementwise import RMSNorm, swiglu
+from copd_megatron.policy.linear import use_own_linears
 from copd_megatron.policy.qwen3_vl.moe import expert_submodules, has_experts
 
 
@@ -70,6 +71,8 @@ def layer_spec(
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.use_te_activation_func:
         mlp.activation_func = swiglu
+    if not platform.on_gpu():
+        use_own_linears(spec)
     return spec
 
 

@@ -9,7 +9,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from copd_megatron.objectives.vocabulary import Vocabulary
 from copd_megatron.policy.attention import AttentionPlan, FeatureRows, PackedTokens
+from copd_megatron.policy.linear import ColumnParallelLinear
 from copd_megatron.policy.packed import MicroBatch
 from copd_megatron.policy.qwen3_vl.config import Qwen3VLSettings
 from copd_megatron.policy.qwen3_vl.layers import decoder_spec

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -20,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from copd_megatron.policy.attention import AttentionPlan, PackedTokens
+from copd_megatron.policy.linear import ColumnParallelLinear, RowParallelLinear
 from copd_megatron.policy.packed import Segments
 from copd_megatron.policy.qwen3_vl.config import VisionSettings
 from copd_megatron.policy.qwen3_vl.layers import layer_spec
@@ -80,7 +80,6 @@ class PatchMerger(MegatronModule):
         super().__init__(config=config)
         self.block_features = config.hidden_size * vision.merge**2
         self.after_join = after_join
-        backend = LocalSpecProvider()
         self.norm = torch.nn.LayerNorm(self.block_features if after_join else config.hidden_size, eps=1e-6)
         self.mlp = MLP(
             replace(
@@ -89,7 +88,7 @@ class PatchMerger(MegatronModule):
                 ffn_hidden_size=self.block_features,
                 activation_func=F.gelu,
             ),
-            MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()),
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             input_size=self.block_features,
             ffn_hidden_size=self.block_features,
             tp_group=get_tensor_model_parallel_group(),
