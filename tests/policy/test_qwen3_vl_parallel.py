@@ -9,8 +9,9 @@ from typing import Any
 import gang
 import pytest
 import torch
-from tiny_qwen3_vl import alone, config, conversation, pack, reference, token_loss
+from tiny_qwen3_vl import alone, config, conversation, pack, reference
 
+from copd_megatron.objectives.vocabulary import token_logprobs
 from copd_megatron.policy import layout as process_layout
 from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.packed import MicroBatch
@@ -27,7 +28,7 @@ BATCHES = [
 
 
 def forward_and_backward(layout: Layout, tied: bool, checkpoint: str | None = None) -> Result:
-    """Hugging Face named weights and gradients on the leader, logits on the last stage."""
+    """Hugging Face named weights and gradients on the leader, log-probabilities of responses on the last stage."""
     from megatron.core import dist_checkpointing
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -38,14 +39,15 @@ def forward_and_backward(layout: Layout, tied: bool, checkpoint: str | None = No
     wrapped = DistributedDataParallel(model[0].config, DistributedDataParallelConfig(), model[0])
     wrapped.zero_grad_buffer()
     model[0].config.finalize_model_grads_func = finalize_model_grads
-    logits: dict[str, torch.Tensor] = {}
+    logprobs: dict[str, torch.Tensor] = {}
 
     def step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
 
         def loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            logits[str(len(logits))] = output.detach()
-            return token_loss(output, batch), {}
+            found = token_logprobs(output, batch.targets, 1.0, model[0].vocabulary)
+            logprobs[str(len(logprobs))] = found.detach()
+            return (torch.linspace(-1.0, 2.0, len(found)) * found).sum(), {}
 
         return chunk(batch), loss
 
@@ -63,14 +65,14 @@ def forward_and_backward(layout: Layout, tied: bool, checkpoint: str | None = No
         dist_checkpointing.save(model[0].sharded_state_dict(), checkpoint)
     for parameter in model[0].parameters():
         parameter.data = parameter.main_grad
-    return {"logits": logits, "weights": weights, "gradients": dict(to_hf(model))}
+    return {"logprobs": logprobs, "weights": weights, "gradients": dict(to_hf(model))}
 
 
 def in_gang(layout: Layout, checkpoints: dict[bool, str]) -> dict[bool, Result]:
     process_layout.initialize(layout)
     results = {tied: forward_and_backward(layout, tied, folder) for tied, folder in checkpoints.items()}
     assert all(bool(result["weights"]) == process_layout.is_replica_leader() for result in results.values())
-    assert all(bool(result["logits"]) == process_layout.is_last_stage() for result in results.values())
+    assert all(bool(result["logprobs"]) == process_layout.is_last_stage() for result in results.values())
     assert process_layout.broadcast_in_replica("mine" if process_layout.is_replica_leader() else None) == "mine"
     process_layout.shutdown()
     return results
@@ -96,7 +98,7 @@ def test_two_processes_compute_what_one_does(
         weights = reference(config(tied, (0, 1))).state_dict()
         if tied:
             del weights["lm_head.weight"]
-        equal(last[tied]["logits"], one["logits"], tolerance=1e-5)
+        equal(last[tied]["logprobs"], one["logprobs"], tolerance=1e-5)
         equal(first[tied]["gradients"], one["gradients"], tolerance=1e-4)
         equal(first[tied]["weights"], weights, tolerance=0.0)
         equal(loaded_alone(tied, folders[tied]), weights, tolerance=0.0)
