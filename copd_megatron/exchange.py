@@ -28,6 +28,19 @@ def serve(host: str = "127.0.0.1") -> TCPStore:
     return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
+def address(store: TCPStore) -> dict[str, str]:
+    """The environment in which processes of one world find each other at `store`, as torchrun's workers do.
+
+    The store is there before they are: a port that the first of them had to open could be taken by then.
+    """
+    return {
+        "MASTER_ADDR": store.host,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+
+
 class Exchange:
     """One branch's side of the conversation."""
 

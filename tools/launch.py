@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from copd_megatron.exchange import address, serve
 
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -18,10 +19,8 @@ def run(command: Sequence[str], world: int, folder: Path, timeout: float) -> lis
     When one fails the others, which would wait for it, are killed; so are all that take longer than `timeout` seconds,
     whose status then is None.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    store = serve()
+    shared = {"WORLD_SIZE": str(world), **address(store)}
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(world):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch.multiprocessing as multiprocessing
+
+from copd_megatron.exchange import address, serve
 
 
 def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:
@@ -17,13 +18,12 @@ def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: floa
 
     `function` must be importable by name. The first failure fails the gang with that process's traceback.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = serve()
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
+    place = address(store)
     processes = [
-        context.Process(target=_member, args=(queue, rank, world, port, function, arguments)) for rank in range(world)
+        context.Process(target=_member, args=(queue, rank, world, place, function, arguments)) for rank in range(world)
     ]
     for process in processes:
         process.start()
@@ -41,10 +41,10 @@ def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: floa
     return [results[rank] for rank in range(world)]
 
 
-def _member(queue: Any, rank: int, world: int, port: int, function: Callable[..., Any], arguments: tuple[Any]) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+def _member(
+    queue: Any, rank: int, world: int, store: dict[str, str], function: Callable[..., Any], arguments: tuple[Any]
+) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), **store)
     try:
         result = function(*arguments)
     except BaseException:
