@@ -36,13 +36,13 @@ class Cost:
         inner = text.moe_ffn_hidden_size if text.num_moe_experts else text.ffn_hidden_size
         heads = text.num_attention_heads * text.kv_channels
         matrices = text.hidden_size * (2 * heads + 2 * text.num_query_groups * text.kv_channels + 3 * inner * experts)
-        width = vision.hidden_size
-        patches = width * (4 * width + 2 * vision.ffn_hidden_size)
+        width = 0 if vision is None else vision.hidden_size
+        patches = 0 if vision is None else vision.num_layers * width * (4 * width + 2 * vision.ffn_hidden_size)
         return Cost(
             token=2.0 * text.num_layers * matrices,
             pair=4.0 * text.num_layers * heads,
-            patch=2.0 * vision.num_layers * patches,
-            patch_pair=4.0 * vision.num_layers * width,
+            patch=2.0 * patches,
+            patch_pair=0.0 if vision is None else 4.0 * vision.num_layers * width,
         )
 
     def group(self, prompt: Prompt, responses: Sequence[int]) -> float:

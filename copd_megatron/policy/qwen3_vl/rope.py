@@ -50,6 +50,11 @@ def continuation_positions(prompt: Tensor, length: int) -> Tensor:
     return _text(int(prompt.max()) + 1, length)
 
 
+def text_positions(length: int) -> Tensor:
+    """Position ids int64 [3, length] of a prompt without images."""
+    return _text(0, length)
+
+
 def _text(start: int, length: int) -> Tensor:
     return torch.arange(start, start + length).expand(3, -1)
 
