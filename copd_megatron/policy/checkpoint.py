@@ -73,6 +73,8 @@ SIZES = (
     "out_hidden_size",
     "num_position_embeddings",
     "deepstack_visual_indexes",
+    "window_size",
+    "fullatt_block_indexes",
 )
 """What shapes a model, in its Hugging Face configuration."""
 

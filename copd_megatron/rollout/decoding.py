@@ -59,7 +59,8 @@ def prefill(model: Any, batch: PromptBatch, room: int) -> Rows:
         features = tower(batch.pixel_values.to(tower.dtype), grid_thw=batch.grid_thw, return_dict=True)
         is_image = batch.token_ids == model.config.image_token_id
         embeddings = embeddings.masked_scatter(is_image[..., None], features.pooler_output.to(embeddings))
-        visual = {"visual_pos_masks": is_image, "deepstack_visual_embeds": features.deepstack_features}
+        if hasattr(features, "deepstack_features"):
+            visual = {"visual_pos_masks": is_image, "deepstack_visual_embeds": features.deepstack_features}
     cache = roomy_cache(len(language.layers), room)
     hidden = language(
         inputs_embeds=embeddings,

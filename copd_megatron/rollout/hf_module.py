@@ -10,6 +10,7 @@ import torch
 
 from copd_megatron.errors import WeightsError
 from copd_megatron.policy.platform import declare_torchvision_schemas
+from copd_megatron.weights.families.qwen2_5_vl import LANGUAGE, VISION
 from copd_megatron.weights.families.qwen3_vl_moe import DOWN, GATE_UP
 from copd_megatron.weights.hf import read_config
 
@@ -21,6 +22,7 @@ CLASSES = {
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
 }
 """transformers' classes by the `model_type` in config.json."""
 
@@ -128,16 +130,18 @@ class WeightLoader:
 
 def _published(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """(name in published files, parameter or part of one) of all that `module` takes; tied tensors come repeatedly."""
-    single_experts = module.config.model_type == "qwen3_moe"
+    family = module.config.model_type
     for name, parameter in module.named_parameters(remove_duplicate=False):
         layer, _, matrix = name.partition("mlp.experts.")
-        if not single_experts or not matrix:
+        if family == "qwen2_5_vl":
+            yield name.replace("model.visual.", VISION).replace("model.language_model.", LANGUAGE), parameter
+        elif family == "qwen3_moe" and matrix:
+            projections = ("gate_proj", "up_proj") if matrix == "gate_up_proj" else (matrix,)
+            for number, expert in enumerate(parameter):
+                for projection, part in zip(projections, expert.chunk(len(projections)), strict=True):
+                    yield f"{layer}mlp.experts.{number}.{projection}.weight", part
+        else:
             yield name, parameter
-            continue
-        projections = ("gate_proj", "up_proj") if matrix == "gate_up_proj" else (matrix,)
-        for number, expert in enumerate(parameter):
-            for projection, part in zip(projections, expert.chunk(len(projections)), strict=True):
-                yield f"{layer}mlp.experts.{number}.{projection}.weight", part
 
 
 def _listed(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """A Hugging Face configuration of one of the families, as what megatron-core needs to know.
 
 The families share their decoder. Qwen3-VL's has a vision tower before it, Qwen3's takes text alone; both exist dense
-and with experts.
+and with experts. Qwen2.5-VL's has biases in the place of norms of queries and keys, and a tower of another kind.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
@@ -28,6 +29,7 @@ from copd_megatron.policy.qwen3_vl.transformer import (
     torch_dtype,
     transformer,
 )
+from copd_megatron.policy.qwen3_vl.vision_settings import TowerSettings, tower_settings
 
 __all__ = [
     "HfConfig",
@@ -35,42 +37,28 @@ __all__ = [
     "Qwen3VLSettings",
     "Recompute",
     "TextSettings",
-    "VisionSettings",
     "load_config",
     "settings",
     "torch_dtype",
 ]
 
-HfConfig: TypeAlias = Qwen3VLConfig | Qwen3VLMoeConfig | Qwen3Config | Qwen3MoeConfig
+HfConfig: TypeAlias = Qwen3VLConfig | Qwen3VLMoeConfig | Qwen3Config | Qwen3MoeConfig | Qwen2_5_VLConfig
 
 FAMILIES: dict[str, type[HfConfig]] = {
-    kind.model_type: kind for kind in (Qwen3VLConfig, Qwen3VLMoeConfig, Qwen3Config, Qwen3MoeConfig)
+    kind.model_type: kind for kind in (Qwen3VLConfig, Qwen3VLMoeConfig, Qwen3Config, Qwen3MoeConfig, Qwen2_5_VLConfig)
 }
 """Configurations by the `model_type` in config.json."""
 
 WITH_EXPERTS = (Qwen3VLMoeConfig, Qwen3MoeConfig)
-WITH_VISION = (Qwen3VLConfig, Qwen3VLMoeConfig)
-
-
-@dataclass(frozen=True)
-class VisionSettings:
-    """What the vision tower needs beside its `TransformerConfig`. Sizes count pixels, patches, frames or features."""
-
-    image_token_id: int
-    patch_features: int
-    patch_shape: tuple[int, int, int, int]
-    merge: int
-    position_grid: int
-    rope_theta: float
-    deepstack_layers: tuple[int, ...]
-    out_hidden_size: int
+WITH_VISION = (Qwen3VLConfig, Qwen3VLMoeConfig, Qwen2_5_VLConfig)
 
 
 @dataclass(frozen=True)
 class TextSettings:
     """What the language model needs beside its `TransformerConfig`.
 
-    `mrope_section` is how many rotary frequencies listen to time, row and column.
+    `mrope_section` is how many rotary frequencies listen to time, row and column: in turn if `mrope_interleaved`,
+    otherwise one axis after the other.
     """
 
     vocab_size: int
@@ -78,6 +66,7 @@ class TextSettings:
     tied: bool
     rope_theta: float
     mrope_section: tuple[int, int, int]
+    mrope_interleaved: bool
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,7 @@ class Qwen3VLSettings:
     family: str
     hf: HfConfig
     text: TextSettings
-    vision: VisionSettings | None
+    vision: TowerSettings | None
     text_config: TransformerConfig
     vision_config: TransformerConfig | None
 
@@ -133,8 +122,8 @@ def settings(
         raise ConfigError(f"parallel.ep = {layout.ep} divides experts, and a {hf.model_type!r} has none; set ep to 1")
     vision, vision_config = None, None
     if isinstance(hf, WITH_VISION):
-        vision, vision_config = _vision(hf, layout, precision, recompute)
-    head = head_dim(text)
+        vision, vision_config = tower_settings(hf, layout, precision, recompute)
+    head, biased = head_dim(text), isinstance(hf, Qwen2_5_VLConfig)
     return Qwen3VLSettings(
         family=hf.model_type,
         hf=hf,
@@ -143,7 +132,8 @@ def settings(
             padded_vocab_size=-(-text.vocab_size // layout.tp) * layout.tp,
             tied=hf.tie_word_embeddings,
             rope_theta=text.rope_parameters["rope_theta"],
-            mrope_section=_mrope_section(text, vision),
+            mrope_section=_mrope_section(hf, text, head // 2),
+            mrope_interleaved=not biased,
         ),
         vision=vision,
         text_config=transformer(
@@ -160,7 +150,8 @@ def settings(
             layernorm_epsilon=text.rms_norm_eps,
             **gated(text.hidden_act),
             add_bias_linear=False,
-            qk_layernorm=True,
+            add_qkv_bias=biased,
+            qk_layernorm=not biased,
             init_method_std=text.initializer_range,
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
@@ -200,46 +191,23 @@ def head_dim(text: Any) -> int:
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
-def _mrope_section(text: Any, vision: VisionSettings | None) -> tuple[int, int, int]:
-    """Without images, time is the only axis."""
-    if vision is None:
-        return head_dim(text) // 2, 0, 0
-    time, row, column = text.rope_parameters.get("mrope_section", (24, 20, 20))
+def _mrope_section(hf: HfConfig, text: Any, half: int) -> tuple[int, int, int]:
+    """How many of `half` rotary frequencies listen to each axis. Without images, time is the only one."""
+    if not isinstance(hf, WITH_VISION):
+        return half, 0, 0
+    chunked = isinstance(hf, Qwen2_5_VLConfig)
+    section = text.rope_parameters.get("mrope_section", (16, 24, 24) if chunked else (24, 20, 20))
+    if len(section) != 3 or (chunked and sum(section) != half):
+        raise ConfigError(
+            f"text_config.rope_parameters: mrope_section is {list(section)}; expected three numbers that add up to "
+            f"{half}, half of an attention head"
+        )
+    time, row, column = section
     return time, row, column
 
 
-def _vision(
-    hf: Any, layout: Layout, precision: Precision, recompute: Recompute
-) -> tuple[VisionSettings, TransformerConfig]:
-    vision = hf.vision_config
-    _check_activation("vision_config.", vision.hidden_act)
-    return VisionSettings(
-        image_token_id=hf.image_token_id,
-        patch_features=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-        patch_shape=(vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size),
-        merge=vision.spatial_merge_size,
-        position_grid=round(vision.num_position_embeddings**0.5),
-        rope_theta=vision.rope_parameters["rope_theta"],
-        deepstack_layers=tuple(vision.deepstack_visual_indexes),
-        out_hidden_size=vision.out_hidden_size,
-    ), transformer(
-        layout,
-        precision,
-        recompute,
-        num_layers=vision.depth,
-        hidden_size=vision.hidden_size,
-        ffn_hidden_size=vision.intermediate_size,
-        num_attention_heads=vision.num_heads,
-        normalization="LayerNorm",
-        layernorm_epsilon=1e-6,
-        activation_func=ACTIVATIONS[vision.hidden_act],
-        add_bias_linear=True,
-        init_method_std=vision.initializer_range,
-    )
-
-
 def _check_text(text: Any, part: str) -> None:
-    """ConfigError for what a decoder of ours does not do."""
+    """ConfigError for what the decoder does not do."""
     kind = text.rope_parameters.get("rope_type", "default")
     if kind != "default":
         raise ConfigError(f"{part}rope_parameters: rope_type {kind!r} is not supported, only 'default'")

@@ -27,6 +27,8 @@ from copd_megatron.policy.qwen3_vl.config import Qwen3VLSettings
 from copd_megatron.policy.qwen3_vl.layers import decoder_spec
 from copd_megatron.policy.qwen3_vl.rope import text_angles
 from copd_megatron.policy.qwen3_vl.vision import VisionTower
+from copd_megatron.policy.qwen3_vl.vision_settings import VisionSettings, WindowSettings
+from copd_megatron.policy.qwen3_vl.windowed import WindowedTower
 
 
 class Qwen3VLModel(LanguageModule):
@@ -126,7 +128,9 @@ class Qwen3VLModel(LanguageModule):
 
     def _packed(self, batch: MicroBatch) -> PackedTokens:
         text = self.settings.text
-        angles = text_angles(batch.position_ids, self.config.kv_channels, text.rope_theta, text.mrope_section)
+        angles = text_angles(
+            batch.position_ids, self.config.kv_channels, text.rope_theta, text.mrope_section, text.mrope_interleaved
+        )
         cos, sin = (wave.to(self.config.params_dtype) for wave in (angles.cos(), angles.sin()))
         plan = AttentionPlan.of(batch.segments, batch.token_ids.device, batch.stripe)
         gather = _gather_stripes if batch.stripe.count > 1 else None
@@ -209,10 +213,13 @@ class Qwen3VLModel(LanguageModule):
         return FeatureRows(index, rows, self.first_layer)
 
 
-def _tower(settings: Qwen3VLSettings) -> VisionTower | None:
-    if settings.vision is None or settings.vision_config is None:
-        return None
-    return VisionTower(settings.vision_config, settings.vision)
+def _tower(settings: Qwen3VLSettings) -> VisionTower | WindowedTower | None:
+    config, vision = settings.vision_config, settings.vision
+    if config is not None and isinstance(vision, VisionSettings):
+        return VisionTower(config, vision)
+    if config is not None and isinstance(vision, WindowSettings):
+        return WindowedTower(config, vision)
+    return None
 
 
 class _Untouched(torch.autograd.Function):

@@ -54,22 +54,28 @@ def mixed_layers(settings: Qwen3VLSettings, hf: str, experts: tuple[Row, ...]) -
 
 
 def attention(settings: Qwen3VLSettings, hf: str) -> tuple[Row, ...]:
-    """A decoder layer's attention and the norm before it."""
+    """A decoder layer's attention, with norms of queries and keys or with biases, and the norm before it."""
     config, m, h = settings.text_config, LAYER, hf + "layers.*."
     own = h + "self_attn."
+    qkv = QueryKeyValue(config.num_attention_heads, config.num_query_groups)
+    norms = tuple(
+        Row(f"{m}self_attention.{kind}_layernorm.weight", (f"{own}{kind}_norm.weight",)) for kind in ("q", "k")
+    )
     return (
         Row(
             (m + "input_layernorm.weight", m + "self_attention.linear_qkv.layer_norm_weight"),
             (h + "input_layernorm.weight",),
         ),
-        Row(
-            m + "self_attention.linear_qkv.weight",
-            (own + "q_proj.weight", own + "k_proj.weight", own + "v_proj.weight"),
-            QueryKeyValue(config.num_attention_heads, config.num_query_groups),
-            shard=0,
+        *(
+            Row(
+                m + "self_attention.linear_qkv." + kind,
+                tuple(f"{own}{projection}_proj.{kind}" for projection in ("q", "k", "v")),
+                qkv,
+                shard=0,
+            )
+            for kind in (("weight", "bias") if config.add_qkv_bias else ("weight",))
         ),
-        Row(m + "self_attention.q_layernorm.weight", (own + "q_norm.weight",)),
-        Row(m + "self_attention.k_layernorm.weight", (own + "k_norm.weight",)),
+        *(norms if config.qk_layernorm else ()),
         Row(m + "self_attention.linear_proj.weight", (own + "o_proj.weight",), shard=1),
     )
 
