@@ -10,7 +10,7 @@ import torch
 
 from copd_megatron.errors import WeightsError
 from copd_megatron.policy.platform import declare_torchvision_schemas
-from copd_megatron.weights.families.qwen2_5_vl import LANGUAGE, VISION
+from copd_megatron.weights.families.qwen2_5_vl import published_name
 from copd_megatron.weights.families.qwen3_vl_moe import DOWN, GATE_UP
 from copd_megatron.weights.hf import read_config
 
@@ -134,7 +134,7 @@ def _published(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         layer, _, matrix = name.partition("mlp.experts.")
         if family == "qwen2_5_vl":
-            yield name.replace("model.visual.", VISION).replace("model.language_model.", LANGUAGE), parameter
+            yield published_name(name), parameter
         elif family == "qwen3_moe" and matrix:
             projections = ("gate_proj", "up_proj") if matrix == "gate_up_proj" else (matrix,)
             for number, expert in enumerate(parameter):

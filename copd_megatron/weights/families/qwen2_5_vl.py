@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 LANGUAGE, VISION = "model.", "visual."
 
 
+def published_name(name: str) -> str:
+    """What the parameter that transformers calls `name` in memory is called in files."""
+    return name.replace("model.visual.", VISION).replace("model.language_model.", LANGUAGE)
+
+
 def table(settings: Qwen3VLSettings) -> tuple[Section, ...]:
     """Every parameter of the model, in the order in which they are exported."""
     return around_layers(settings, LANGUAGE, dense_layers(settings, LANGUAGE), _tower(settings))
