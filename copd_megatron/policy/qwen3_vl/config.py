@@ -212,7 +212,9 @@ def _check_text(text: Any, part: str) -> None:
     if kind != "default":
         raise ConfigError(f"{part}rope_parameters: rope_type {kind!r} is not supported, only 'default'")
     if getattr(text, "attention_bias", False):
-        raise ConfigError(f"{part}attention_bias is true; the language models of these families have none")
+        raise ConfigError(
+            f"{part}attention_bias is true; released models of these families have it off: set it to false"
+        )
     if getattr(text, "use_sliding_window", False):
         raise ConfigError(f"{part}use_sliding_window is true; every layer attends to all tokens: set it to false")
     if others := set(getattr(text, "layer_types", None) or ()) - {"full_attention"}:
