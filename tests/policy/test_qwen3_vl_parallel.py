@@ -9,6 +9,7 @@ from typing import Any
 import gang
 import pytest
 import torch
+from tiny_policy import gathered
 from tiny_qwen3_vl import alone, config, conversation, pack, reference, token_loss
 
 from copd_megatron.policy import layout as process_layout
@@ -44,8 +45,10 @@ def forward_and_backward(layout: Layout, tied: bool, checkpoint: str | None = No
         batch = next(batches)
 
         def loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            logits[str(len(logits))] = output.detach()
-            return token_loss(output, batch), {}
+            vocabulary = model[0].vocabulary
+            whole = output if vocabulary is None else gathered(output, vocabulary)
+            logits[str(len(logits))] = whole.detach()
+            return token_loss(whole, batch), {}
 
         return chunk(batch), loss
 
