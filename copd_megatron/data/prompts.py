@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 from PIL import Image
@@ -18,6 +19,7 @@ from PIL import Image
 from copd_megatron.data.example import Example
 from copd_megatron.errors import DataError, WeightsError
 from copd_megatron.rollout.types import Images, Prompt
+from copd_megatron.weights.hf import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3VLProcessor
@@ -45,11 +47,18 @@ class _Draft:
     patches: list[int]
 
 
+@dataclass(frozen=True)
+class TextProcessor:
+    """What a model that takes text alone has in the place of a processor."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+
 class PromptBuilder:
     """Turns examples into prompts of at most `max_prompt_tokens` tokens."""
 
-    def __init__(self, processor: Qwen3VLProcessor, max_prompt_tokens: int) -> None:
-        self.processor = processor
+    def __init__(self, processor: Qwen3VLProcessor | TextProcessor, max_prompt_tokens: int) -> None:
+        self.processor: Any = processor
         self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         if END_OF_TURN not in self.tokenizer.get_vocab():
@@ -67,7 +76,8 @@ class PromptBuilder:
         """The prompts of all examples that can have one, in their order, and the refused examples.
 
         Refused are: messages that the chat template rejects, characters that the tokenizer does not know, image parts
-        without an image or the reverse, an image that cannot be used, a prompt beyond `max_prompt_tokens`.
+        without an image or the reverse, an image that cannot be used, any image where the model takes text alone, a
+        prompt beyond `max_prompt_tokens`.
         """
         refused: list[Refusal] = []
         rendered: list[tuple[Example, str]] = []
@@ -103,10 +113,15 @@ class PromptBuilder:
 
     def _render(self, example: Example) -> str:
         """The chat as text, up to where the assistant begins, with one image-pad token per image."""
+        messages, template = example.messages, None
         try:
+            if isinstance(self.processor, TextProcessor):
+                messages = [_joined(message) for message in messages]
+            else:
+                template = self.processor.chat_template
             return self.tokenizer.apply_chat_template(
-                example.messages,
-                chat_template=self.processor.chat_template,
+                messages,
+                chat_template=template,
                 add_generation_prompt=True,
                 tokenize=False,
             )
@@ -118,14 +133,19 @@ class PromptBuilder:
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown in token_ids:
             raise DataError(f"characters unknown to the tokenizer: somewhere in {text!r}")
-        pad = self.processor.image_token_id
-        if token_ids.count(pad) != len(example.images) or self.processor.video_token_id in token_ids:
-            raise DataError(
-                f"images and messages differ: {len(example.images)} images for {token_ids.count(pad)} image and "
-                f"{token_ids.count(self.processor.video_token_id)} video placeholders; give one image part per image"
-            )
+        pad, merged = None, 1
+        if isinstance(self.processor, TextProcessor):
+            if example.images:
+                raise DataError(f"images for a model that takes text alone: the example has {len(example.images)}")
+        else:
+            pad, merged = self.processor.image_token_id, self.processor.image_processor.merge_size**2
+            if token_ids.count(pad) != len(example.images) or self.processor.video_token_id in token_ids:
+                raise DataError(
+                    f"images and messages differ: {len(example.images)} images for {token_ids.count(pad)} image and "
+                    f"{token_ids.count(self.processor.video_token_id)} video placeholders; give one image part per "
+                    "image"
+                )
         patches = [self._patches(image, number) for number, image in enumerate(example.images, 1)]
-        merged = self.processor.image_processor.merge_size**2
         length = len(token_ids) + sum(patches) // merged - len(patches)
         if length > self.max_prompt_tokens:
             raise DataError(
@@ -167,6 +187,16 @@ class PromptBuilder:
         ]
 
 
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    """`message` with its text in one piece: chat templates of models that take text alone skip a list of parts."""
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    if others := {part["type"] for part in content} - {"text"}:
+        raise ValueError(f"parts of type {', '.join(sorted(others))} for a model that takes text alone")
+    return {**message, "content": "".join(part["text"] for part in content)}
+
+
 def _decode(image: Image.Image, number: int) -> None:
     try:
         image.load()
@@ -174,10 +204,16 @@ def _decode(image: Image.Image, number: int) -> None:
         raise DataError(f"image cannot be decoded: image {number}, {error}") from error
 
 
-def load_processor(folder: str | os.PathLike[str]) -> Qwen3VLProcessor:
-    """The processor of a Hugging Face folder; `WeightsError` if there is none for text and images."""
-    from copd_megatron.policy.platform import declare_torchvision_schemas
+def load_processor(folder: str | os.PathLike[str]) -> Qwen3VLProcessor | TextProcessor:
+    """The processor of a Hugging Face folder, for text alone where its model takes nothing else.
 
+    `WeightsError` if there is none for what the model takes.
+    """
+    from copd_megatron.policy.platform import declare_torchvision_schemas
+    from copd_megatron.rollout.hf_module import open_tokenizer
+
+    if (Path(folder) / "config.json").is_file() and "vision_config" not in read_config(Path(folder)):
+        return TextProcessor(open_tokenizer(Path(folder)))
     declare_torchvision_schemas()
     from transformers import AutoProcessor
 

@@ -31,19 +31,24 @@ class Cost:
     @staticmethod
     def of(settings: Qwen3VLSettings) -> Cost:
         """Of a model, from the sizes of its matrices."""
-        text, vision = settings.text_config, settings.vision_config
+        from copd_megatron.policy.qwen3_vl.vision_settings import WindowSettings
+
+        text, vision, tower = settings.text_config, settings.vision_config, settings.vision
         experts = text.moe_router_topk if text.num_moe_experts else 1
         inner = text.moe_ffn_hidden_size if text.num_moe_experts else text.ffn_hidden_size
         heads = text.num_attention_heads * text.kv_channels
         matrices = text.hidden_size * (2 * heads + 2 * text.num_query_groups * text.kv_channels + 3 * inner * experts)
+        token, pair = 2.0 * text.num_layers * matrices, 4.0 * text.num_layers * heads
+        if vision is None or tower is None:
+            return Cost(token, pair, patch=0.0, patch_pair=0.0)
         width = vision.hidden_size
-        patches = width * (4 * width + 2 * vision.ffn_hidden_size)
-        return Cost(
-            token=2.0 * text.num_layers * matrices,
-            pair=4.0 * text.num_layers * heads,
-            patch=2.0 * vision.num_layers * patches,
-            patch_pair=4.0 * vision.num_layers * width,
-        )
+        patches = width * (4 * width + (3 if vision.gated_linear_unit else 2) * vision.ffn_hidden_size)
+        patch, patch_pair = 2.0 * vision.num_layers * patches, 4.0 * vision.num_layers * width
+        if isinstance(tower, WindowSettings):
+            whole = len(tower.full_layers) / vision.num_layers
+            patch += (1 - whole) * patch_pair * (tower.window * tower.merge) ** 2
+            patch_pair *= whole
+        return Cost(token, pair, patch, patch_pair)
 
     def group(self, prompt: Prompt, responses: Sequence[int]) -> float:
         """Of a prompt and responses of these lengths behind it, the prompt computed once."""

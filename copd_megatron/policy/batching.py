@@ -63,7 +63,7 @@ def pack(
     max_tokens: int,
     counts: Mapping[int, int],
     positions: Callable[[Prompt], torch.Tensor],
-    image_token_id: int,
+    image_token_id: int | None,
     old_logprobs: Sequence[torch.Tensor] | None = None,
 ) -> Packed:
     """Pack `samples` into micro-batches of at most `max_tokens` tokens.
@@ -71,7 +71,8 @@ def pack(
     `counts` gives the number of sequences per source over all data-parallel ranks: a token of sequence i weighs
     1 / (len_i · counts[source_i]), so that the weighted sum over every token of every rank is the mean over sequences
     of the mean over their tokens. `positions` computes the position ids int64 [3, S] of a prompt's tokens; a response
-    goes on from the largest of them. `old_logprobs`, float32 [R_i] per sample, fill `Signals.old_logprobs`.
+    goes on from the largest of them. `image_token_id` may be None where no prompt has images. `old_logprobs`, float32
+    [R_i] per sample, fill `Signals.old_logprobs`.
 
     Raises ConfigError for a sequence longer than `max_tokens`, ValueError for samples that contradict themselves.
     """
@@ -179,7 +180,7 @@ def _build(
     samples: Sequence[Sample],
     counts: Mapping[int, int],
     positions: Callable[[Prompt], torch.Tensor],
-    image_token_id: int,
+    image_token_id: int | None,
     old_logprobs: Sequence[torch.Tensor] | None,
 ) -> MicroBatch:
     members = [index for group in groups for index in group.samples]
@@ -229,7 +230,7 @@ def _build(
         pixel_values=torch.cat([image.pixel_values for image in images]) if images else None,
         grid_thw=torch.cat([image.grid_thw for image in images]) if images else None,
         # Only the prompt's part: a sampled image token is an ordinary token and has no patch.
-        visual_index=(prompt_ids == image_token_id).nonzero()[:, 0] if images else None,
+        visual_index=(prompt_ids == image_token_id).nonzero()[:, 0] if images and image_token_id is not None else None,
     )
 
 

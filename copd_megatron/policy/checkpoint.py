@@ -60,6 +60,7 @@ SIZES = (
     "intermediate_size",
     "moe_intermediate_size",
     "num_experts",
+    "num_local_experts",
     "num_experts_per_tok",
     "num_hidden_layers",
     "num_attention_heads",
@@ -72,6 +73,8 @@ SIZES = (
     "out_hidden_size",
     "num_position_embeddings",
     "deepstack_visual_indexes",
+    "window_size",
+    "fullatt_block_indexes",
 )
 """What shapes a model, in its Hugging Face configuration."""
 
@@ -215,7 +218,9 @@ def _own_share_of_problems(folder: Path) -> list[str]:
 def _description(policy: Policy) -> dict[str, Any]:
     """What must be the same when a checkpoint is loaded, under the names that the user gave it."""
     config = policy.hf_config.to_dict()
-    sizes = {f"{part}.{key}": config[part][key] for part in MODEL_PARTS for key in SIZES if key in config[part]}
+    # A model that takes text alone has its sizes at the top.
+    parts = {f"{part}.": config[part] for part in MODEL_PARTS if part in config} or {"": config}
+    sizes = {f"{part}{key}": values[key] for part, values in parts.items() for key in SIZES if key in values}
     precision = str(policy.model.config.params_dtype).removeprefix("torch.")
     return {
         "precision": precision,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from copd_megatron.errors import TrainingDiverged
+from copd_megatron.errors import DataError, TrainingDiverged
 from copd_megatron.policy import platform
 from copd_megatron.policy.balance import Cost, rebalance
 from copd_megatron.policy.batching import Packed, Sample, by_prompt, pack
@@ -38,7 +38,7 @@ from megatron.core.optimizer.optimizer import clip_grad_by_total_norm_fp32  # no
 
 from copd_megatron.policy.qwen3_vl import Qwen3VLModel, build_model  # noqa: E402
 from copd_megatron.policy.qwen3_vl.config import Precision, Recompute, torch_dtype  # noqa: E402
-from copd_megatron.policy.qwen3_vl.rope import prompt_positions  # noqa: E402
+from copd_megatron.policy.qwen3_vl.rope import prompt_positions, text_positions  # noqa: E402
 from copd_megatron.weights import mapping  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -77,8 +77,7 @@ class Policy:
         mapping.to_megatron(dict(HfFolder(base).tensors()), model)
         self.hf_config = model[0].settings.hf
         self._cost = Cost.of(model[0].settings)
-        self._image_token: int = self.hf_config.image_token_id
-        self._merge: int = self.hf_config.vision_config.spatial_merge_size
+        self._vision = model[0].settings.vision
         self.chunks = _wrapped(model, optimizer)
         self.optimizer = _megatron_optimizer(optimizer, precision, self.chunks)
 
@@ -172,9 +171,17 @@ class Policy:
         self.optimizer.reload_model_params()
 
     def positions(self, prompt: Prompt) -> torch.Tensor:
-        """Position ids int64 [3, S] of a prompt's tokens."""
+        """Position ids int64 [3, S] of a prompt's tokens. DataError for images where the model takes text alone, or
+        where they do not fit the tokens."""
+        if self._vision is None:
+            if prompt.images is not None:
+                raise DataError(
+                    f"prompt {prompt.uid}: has images, but a {self.hf_config.model_type!r} takes text alone; give it "
+                    "data without images, or choose a base that sees"
+                )
+            return text_positions(len(prompt.token_ids))
         grid = None if prompt.images is None else prompt.images.grid_thw
-        return prompt_positions(prompt.token_ids, grid, self._image_token, self._merge)
+        return prompt_positions(prompt.token_ids, grid, self._vision.image_token_id, self._vision.merge)
 
     def _counts(self, samples: Sequence[Sample], sequences: Mapping[int, int] | None = None) -> Mapping[int, int]:
         """Sequences per source, over all replicas."""
@@ -209,7 +216,8 @@ class Policy:
         counts: Mapping[int, int],
         old_logprobs: Sequence[torch.Tensor] | None = None,
     ) -> Packed:
-        return pack(samples, self._max_tokens, counts, self.positions, self._image_token, old_logprobs)
+        image_token = None if self._vision is None else self._vision.image_token_id
+        return pack(samples, self._max_tokens, counts, self.positions, image_token, old_logprobs)
 
     def _set_learning_rate(self) -> float:
         rate = learning_rate(self.settings, self.version)

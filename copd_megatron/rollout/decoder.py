@@ -6,7 +6,7 @@ bound by. Here a layer takes few, and writes over what is no longer needed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,6 @@ from copd_megatron.policy.products import product
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import (
-        Qwen3VLTextDecoderLayer,
-        Qwen3VLTextModel,
-        Qwen3VLTextRMSNorm,
-    )
 
 VECTOR = 16
 """torch's softmax is scalar, and ten times slower, for rows shorter than this."""
@@ -30,16 +25,21 @@ FEW_KEYS = 128
 
 
 class Decoder:
-    """Continues sequences as `model` would, on its weights: after they are overwritten it uses the new ones."""
+    """Continues sequences as `model` would, on its weights: after they are overwritten it uses the new ones.
 
-    def __init__(self, model: Qwen3VLTextModel) -> None:
+    `model` is the language model of any family: layers with full attention, biases and norms of queries and keys or
+    not, and positions on one axis or on three.
+    """
+
+    def __init__(self, model: Any) -> None:
         self._model = model
+        self._three_axes = hasattr(model.rotary_emb, "mrope_section")
         self._layers = [_Layer(layer) for layer in model.layers]
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [B, N, D] for positions int64 [B, N] of tokens that are not of an image."""
         embeddings = self._model.embed_tokens.weight
-        cos, sin = self._model.rotary_emb(embeddings, positions.expand(3, -1, -1))
+        cos, sin = self._model.rotary_emb(embeddings, positions.expand(3, -1, -1) if self._three_axes else positions)
         return cos, sin
 
     def extend(
@@ -111,7 +111,7 @@ def attend(
 class _Layer:
     """A decoder layer around its attention."""
 
-    def __init__(self, module: Qwen3VLTextDecoderLayer) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
         self.scale: float = module.self_attn.scaling
 
@@ -125,9 +125,9 @@ class _Layer:
             _linear(linear, normed).unflatten(1, (-1, attention.head_dim))
             for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        query = rotated(_norm(attention.q_norm, query), cos, sin, 1)
-        key = rotated(_norm(attention.k_norm, key), cos, sin, 1)
-        return query, key, value
+        if hasattr(attention, "q_norm"):
+            query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
+        return rotated(query, cos, sin, 1), rotated(key, cos, sin, 1), value
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """`hidden` [T, H] after the attention's output [T, heads * D] and the MLP have been added."""
@@ -140,7 +140,7 @@ class _Layer:
         return _linear(mlp.down_proj, gated).add_(hidden)
 
 
-def _norm(module: Qwen3VLTextRMSNorm, x: torch.Tensor) -> torch.Tensor:
+def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 

@@ -1,7 +1,7 @@
 """The passes of the embedded engine: computing prompts, sampling behind them, scoring what is given.
 
-Functions of a transformers `Qwen3VLForConditionalGeneration`, called in inference mode. They call its language model
-and vision tower themselves, since `forward` of the whole model would compute a prompt anew for every rollout.
+Functions of a transformers module (hf_module.py), called in inference mode. They call its language model and its vision
+tower, if it has one, themselves, since `forward` of the whole model would compute a prompt anew for every rollout.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from copd_megatron.rollout.decoder import Decoder
+from copd_megatron.rollout.hf_module import language_model
 from copd_megatron.rollout.kv_cache import roomy_cache
-from copd_megatron.rollout.prompt_batch import PromptBatch
+from copd_megatron.rollout.prompt_batch import PromptBatch, takes_images
 from copd_megatron.rollout.sampling import choose, likeliest, token_logprobs
 from copd_megatron.rollout.types import Sampling
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, Qwen3VLForConditionalGeneration
+    from transformers import DynamicCache
 
 LOGITS_AT_ONCE = 2**25
 """Logits that exist at a time while scoring, in numbers: 128 MiB of float32."""
@@ -48,9 +49,9 @@ class Rows:
         return Rows(self.cache, self.hidden[rows], self.position[rows], mask)
 
 
-def prefill(model: Qwen3VLForConditionalGeneration, batch: PromptBatch, room: int) -> Rows:
+def prefill(model: Any, batch: PromptBatch, room: int) -> Rows:
     """Compute prompts, images included: one row each, ready for a response of about `room` tokens."""
-    language = model.model.language_model
+    language = language_model(model)
     embeddings = language.embed_tokens(batch.token_ids)
     visual: dict[str, Any] = {}
     if batch.pixel_values is not None:
@@ -58,12 +59,13 @@ def prefill(model: Qwen3VLForConditionalGeneration, batch: PromptBatch, room: in
         features = tower(batch.pixel_values.to(tower.dtype), grid_thw=batch.grid_thw, return_dict=True)
         is_image = batch.token_ids == model.config.image_token_id
         embeddings = embeddings.masked_scatter(is_image[..., None], features.pooler_output.to(embeddings))
-        visual = {"visual_pos_masks": is_image, "deepstack_visual_embeds": features.deepstack_features}
+        if hasattr(features, "deepstack_features"):
+            visual = {"visual_pos_masks": is_image, "deepstack_visual_embeds": features.deepstack_features}
     cache = roomy_cache(len(language.layers), room)
     hidden = language(
         inputs_embeds=embeddings,
         attention_mask=batch.mask,
-        position_ids=batch.position_ids,
+        position_ids=batch.position_ids if takes_images(model.config) else batch.position_ids[0],
         past_key_values=cache,
         use_cache=True,
         **visual,
@@ -72,7 +74,7 @@ def prefill(model: Qwen3VLForConditionalGeneration, batch: PromptBatch, room: in
 
 
 def sample(
-    model: Qwen3VLForConditionalGeneration, decoder: Decoder, rows: Rows, uniform: torch.Tensor, sampling: Sampling
+    model: Any, decoder: Decoder, rows: Rows, uniform: torch.Tensor, sampling: Sampling
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sample behind `rows`, each a rollout of its own, until a stop token or `max_new_tokens`.
 
@@ -114,7 +116,7 @@ def sample(
 
 
 def score(
-    model: Qwen3VLForConditionalGeneration,
+    model: Any,
     decoder: Decoder,
     rows: Rows,
     responses: Sequence[Sequence[int]],
@@ -139,7 +141,7 @@ def score(
         angles = decoder.angles(rows.position[:, None] + torch.arange(width - 1, device=device))
         hidden = torch.cat([hidden, decoder.extend(tokens[:, :-1], angles, rows.cache, mask)], dim=1)
     hidden, targets = hidden[:, :width][valid], tokens[valid]
-    vocabulary = model.config.text_config.vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
     logprobs, ids, top = [], [], []
     at_once = max(1, LOGITS_AT_ONCE // vocabulary)
     for part, target in zip(hidden.split(at_once), targets.split(at_once), strict=True):

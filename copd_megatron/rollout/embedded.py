@@ -1,4 +1,4 @@
-"""A rollout engine inside the branch's own process: transformers' Qwen3-VL, fed with Hugging Face named weights.
+"""A rollout engine inside the branch's own process: transformers' module, fed with Hugging Face named weights.
 
 The loop over tokens is ours, on transformers' language model and vision tower, for three things that `generate` of
 transformers does not do: a prompt, images included, is computed once for all G rollouts; every random number
@@ -17,7 +17,7 @@ import torch
 from copd_megatron.errors import WeightsError
 from copd_megatron.rollout import decoding
 from copd_megatron.rollout.decoder import Decoder
-from copd_megatron.rollout.hf_module import WeightLoader, open_module, open_tokenizer
+from copd_megatron.rollout.hf_module import WeightLoader, language_model, open_module, open_tokenizer
 from copd_megatron.rollout.prompt_batch import check_prompt, check_tokens, prompt_batch
 from copd_megatron.rollout.sampling import check_sampling, random_numbers
 from copd_megatron.rollout.types import Prompt, Rollout, Sampling, TeacherScores
@@ -27,9 +27,9 @@ from copd_megatron.weights.hf import HfFolder
 class EmbeddedEngine:
     """A `RolloutEngine` (rollout/engine.py) on a transformers module.
 
-    `model_dir` is a Hugging Face folder of a Qwen3-VL, dense or with experts, with its tokenizer; with `load_weights`
-    its weights are version 0, without it there is no version (-1) until `update_weights`. At most `max_rows` sequences
-    are computed at a time (one prompt's rollouts are never split). Raises WeightsError if the folder cannot be used.
+    `model_dir` is a Hugging Face folder of a model in `hf_module.CLASSES`, with its tokenizer; with `load_weights` its
+    weights are version 0, without it there is no version (-1) until `update_weights`. At most `max_rows` sequences are
+    computed at a time (one prompt's rollouts are never split). Raises WeightsError if the folder cannot be used.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class EmbeddedEngine:
         self.version = -1
         self.model: Any = open_module(Path(model_dir), dtype).to(device)
         self.tokenizer: Any = open_tokenizer(Path(model_dir))
-        self._decoder = Decoder(self.model.model.language_model)
+        self._decoder = Decoder(language_model(self.model))
         self._loader = WeightLoader(self.model)
         self._max_rows = max_rows
         self._device = torch.device(device)
@@ -68,7 +68,8 @@ class EmbeddedEngine:
         """`sampling.n` rollouts per prompt, the rollouts of one prompt next to each other, in the prompts' order.
 
         A rollout depends on its prompt, its place in the list and `seed`, and up to rounding on nothing else.
-        Raises DataError for a prompt whose images do not fit its tokens, ValueError for impossible settings.
+        Raises DataError for a prompt whose images do not fit its tokens or the model, ValueError for impossible
+        settings.
         """
         check_sampling(sampling)
         self._check(prompts)

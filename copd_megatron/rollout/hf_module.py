@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from copd_megatron.errors import WeightsError
 from copd_megatron.policy.platform import declare_torchvision_schemas
+from copd_megatron.weights.families.qwen2_5_vl import published_name
 from copd_megatron.weights.families.qwen3_vl_moe import DOWN, GATE_UP
 from copd_megatron.weights.hf import read_config
 
 if TYPE_CHECKING:
-    from transformers import (
-        PreTrainedTokenizerBase,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLMoeForConditionalGeneration,
-    )
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CLASSES = {
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+}
+"""transformers' classes by the `model_type` in config.json."""
 
 
 def open_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
@@ -35,30 +41,37 @@ def open_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
         raise WeightsError(f"{model_dir}: the tokenizer cannot be read ({error})") from error
 
 
-def open_module(
-    model_dir: Path, dtype: torch.dtype
-) -> Qwen3VLForConditionalGeneration | Qwen3VLMoeForConditionalGeneration:
-    """The Qwen3-VL that `model_dir` describes, ready for inference, with arbitrary weights.
+def open_module(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that `model_dir` describes, ready for inference, with arbitrary weights.
 
-    Raises WeightsError if the folder has no config or describes another kind of model.
+    Raises WeightsError if the folder has no config or describes a model that the engine cannot run.
     """
     declare_torchvision_schemas()
     import transformers
 
     content = read_config(model_dir)
-    kinds = {"qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}
-    kind = kinds.get(str(content.get("model_type")))
-    if kind is None:
+    name = CLASSES.get(str(content.get("model_type")))
+    if name is None:
         raise WeightsError(
             f"{model_dir / 'config.json'}: model_type is {content.get('model_type')!r}; the embedded engine runs "
-            f"{' and '.join(map(repr, kinds))}, other models need a rollout server"
+            f"{', '.join(map(repr, CLASSES))}; other models need a rollout server"
         )
-    config = getattr(transformers, f"{kind}Config").from_dict(content)
+    kind = getattr(transformers, name)
+    config = kind.config_class.from_dict(content)
+    if getattr(config.get_text_config(), "use_sliding_window", False):
+        raise WeightsError(
+            f"{model_dir / 'config.json'}: use_sliding_window is true, but the embedded engine attends to all tokens; "
+            "set it to false, or use a rollout server"
+        )
     # Building a module initialises it with torch's global random numbers, which belong to nobody here.
     with torch.random.fork_rng(devices=[]):
-        module = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
-    prepared: Qwen3VLForConditionalGeneration | Qwen3VLMoeForConditionalGeneration = module.to(dtype).eval()
-    return prepared.requires_grad_(False)
+        module: PreTrainedModel = kind(config)
+    return module.to(dtype).eval().requires_grad_(False)
+
+
+def language_model(module: Any) -> Any:
+    """The language model in a module of `open_module`: all but the output layer and the vision tower."""
+    return getattr(module.model, "language_model", module.model)
 
 
 EXPERT_STACKS = (GATE_UP, DOWN)
@@ -74,11 +87,14 @@ class WeightLoader:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.intact = True
-        self._parameters = dict(module.named_parameters())
+        self._parameters: dict[str, torch.Tensor] = {}
         # Names that share a tensor (tied embeddings): a set may have one of them or all.
-        every = dict(module.named_parameters(remove_duplicate=False))
-        owner = {id(tensor): name for name, tensor in self._parameters.items()}
-        self._alias = {name: owner[id(tensor)] for name, tensor in every.items()}
+        self._alias: dict[str, str] = {}
+        owners: dict[int, str] = {}
+        for name, tensor in _published(module):
+            owner = owners.setdefault(id(tensor), name)
+            self._parameters[owner] = tensor
+            self._alias[name] = owner
 
     @torch.no_grad()
     def load(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -110,6 +126,22 @@ class WeightLoader:
 
     def _state(self) -> str:
         return "" if self.intact else "; the model now holds parts of two versions and needs a complete set"
+
+
+def _published(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in published files, parameter or part of one) of all that `module` takes; tied tensors come repeatedly."""
+    family = module.config.model_type
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        layer, _, matrix = name.partition("mlp.experts.")
+        if family == "qwen2_5_vl":
+            yield published_name(name), parameter
+        elif family == "qwen3_moe" and matrix:
+            projections = ("gate_proj", "up_proj") if matrix == "gate_up_proj" else (matrix,)
+            for number, expert in enumerate(parameter):
+                for projection, part in zip(projections, expert.chunk(len(projections)), strict=True):
+                    yield f"{layer}mlp.experts.{number}.{projection}.weight", part
+        else:
+            yield name, parameter
 
 
 def _listed(names: list[str]) -> str:

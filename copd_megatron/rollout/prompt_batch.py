@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from copd_megatron.errors import DataError
 from copd_megatron.rollout.types import Prompt
-
-if TYPE_CHECKING:
-    from transformers import Qwen3VLConfig, Qwen3VLModel
 
 
 @dataclass(frozen=True)
@@ -20,8 +17,9 @@ class PromptBatch:
     """B prompts, padded on the left to a length of S, so that all of them end in the same column.
 
     `token_ids` int64 [B, S]; `mask` bool [B, S], False on padding, or None where nothing is padded (attention is
-    faster without one); `position_ids` int64 [3, B, S] (time, row, column); `next_position` int64 [B] is where the
-    response starts. `pixel_values` and `grid_thw` hold all images in the order of the prompts, or are None.
+    faster without one); `position_ids` int64 [3, B, S] (time, row, column; alike where there are no images);
+    `next_position` int64 [B] is where the response starts. `pixel_values` and `grid_thw` hold all images in the order
+    of the prompts, or are None.
     """
 
     token_ids: torch.Tensor
@@ -32,9 +30,14 @@ class PromptBatch:
     grid_thw: torch.Tensor | None
 
 
-def check_tokens(token_ids: Sequence[int], config: Qwen3VLConfig, owner: str) -> None:
+def takes_images(config: Any) -> bool:
+    """Whether a model with the configuration `config` sees images."""
+    return hasattr(config, "vision_config")
+
+
+def check_tokens(token_ids: Sequence[int], config: Any, owner: str) -> None:
     """Raise DataError if there are no tokens, or one that is not in the vocabulary; `owner` says whose they are."""
-    vocabulary = config.text_config.vocab_size
+    vocabulary = config.get_text_config().vocab_size
     if not token_ids:
         raise DataError(f"{owner}: no tokens, expected at least one")
     if min(token_ids) < 0 or max(token_ids) >= vocabulary:
@@ -45,13 +48,18 @@ def check_tokens(token_ids: Sequence[int], config: Qwen3VLConfig, owner: str) ->
         )
 
 
-def check_prompt(prompt: Prompt, config: Qwen3VLConfig) -> None:
-    """Raise DataError if the prompt has no or unknown tokens, or if its image tokens and its images disagree.
+def check_prompt(prompt: Prompt, config: Any) -> None:
+    """Raise DataError if the prompt has no or unknown tokens, or images that the model does not see or that disagree
+    with its image tokens.
 
     A prompt whose image tokens came without the images would be answered or scored blindly, with no other sign than
     worse numbers (docs/method.md, pitfall 10).
     """
     check_tokens(prompt.token_ids, config, f"prompt {prompt.uid}")
+    if not takes_images(config):
+        if prompt.images is not None:
+            raise DataError(f"prompt {prompt.uid}: has images, but a {config.model_type!r} takes text alone")
+        return
     patches = merged = 0
     if prompt.images is not None:
         patches = int(prompt.images.grid_thw.prod(-1).sum())
@@ -69,7 +77,7 @@ def check_prompt(prompt: Prompt, config: Qwen3VLConfig) -> None:
         raise DataError(f"prompt {prompt.uid}: has video tokens, but prompts carry images only")
 
 
-def prompt_batch(prompts: Sequence[Prompt], model: Qwen3VLModel, device: torch.device) -> PromptBatch:
+def prompt_batch(prompts: Sequence[Prompt], model: Any, device: torch.device) -> PromptBatch:
     """Put checked prompts side by side on `device`. Positions are those of the model's own `get_rope_index`."""
     lengths = [len(prompt.token_ids) for prompt in prompts]
     width = max(lengths)
@@ -81,12 +89,12 @@ def prompt_batch(prompts: Sequence[Prompt], model: Qwen3VLModel, device: torch.d
     known: dict[object, torch.Tensor] = {}
     for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         ids = torch.tensor(prompt.token_ids)
-        is_image = ids == model.config.image_token_id
         layout = None
         if prompt.images is not None:
+            is_image = ids == model.config.image_token_id
             layout = is_image.numpy().tobytes(), prompt.images.grid_thw.numpy().tobytes()
         if (layout, length) not in known:
-            known[layout, length] = _positions(prompt, ids, is_image, model)
+            known[layout, length] = _positions(prompt, ids, model)
         positions = known[layout, length]
         token_ids[row, width - length :] = ids
         mask[row, width - length :] = True
@@ -103,11 +111,12 @@ def prompt_batch(prompts: Sequence[Prompt], model: Qwen3VLModel, device: torch.d
     )
 
 
-def _positions(prompt: Prompt, ids: torch.Tensor, is_image: torch.Tensor, model: Qwen3VLModel) -> torch.Tensor:
+def _positions(prompt: Prompt, ids: torch.Tensor, model: Any) -> torch.Tensor:
     """Positions int64 [3, length] of one prompt."""
     if prompt.images is None:
         return torch.arange(len(ids)).expand(3, -1)
+    is_image = (ids == model.config.image_token_id).int()
     positions, _ = model.get_rope_index(
-        ids[None], mm_token_type_ids=is_image[None].int(), image_grid_thw=prompt.images.grid_thw
+        ids[None], mm_token_type_ids=is_image[None], image_grid_thw=prompt.images.grid_thw
     )
     return positions[:, 0]

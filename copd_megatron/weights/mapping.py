@@ -15,13 +15,19 @@ from torch import Tensor, nn
 
 from copd_megatron.errors import WeightsError
 from copd_megatron.policy import platform
-from copd_megatron.weights.families import qwen3_vl, qwen3_vl_moe
+from copd_megatron.weights.families import qwen2_5_vl, qwen3, qwen3_moe, qwen3_vl, qwen3_vl_moe
 
 platform.prepare()
 
 from copd_megatron.weights.collect import Entry, collected, first_expert, place_in_tensor  # noqa: E402
 
-TABLES = {"qwen3_vl": qwen3_vl.table, "qwen3_vl_moe": qwen3_vl_moe.table}
+TABLES = {
+    "qwen3_vl": qwen3_vl.table,
+    "qwen3_vl_moe": qwen3_vl_moe.table,
+    "qwen3": qwen3.table,
+    "qwen3_moe": qwen3_moe.table,
+    "qwen2_5_vl": qwen2_5_vl.table,
+}
 """Families by the name in a model's `family`."""
 
 LISTED = 5

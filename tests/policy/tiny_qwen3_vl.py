@@ -91,9 +91,10 @@ def reference(hf_config: Any, seed: int = 0) -> Any:
     """transformers' model; weights are large enough, norms and biases random, so that every one of them matters."""
     import transformers
 
-    kind = {"qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}[hf_config.model_type]
+    kind = type(hf_config).__name__.removesuffix("Config")
+    task = "ForConditionalGeneration" if hasattr(hf_config, "vision_config") else "ForCausalLM"
     with torch.random.fork_rng():
-        model = getattr(transformers, f"{kind}ForConditionalGeneration")(hf_config)
+        model = getattr(transformers, kind + task)(hf_config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -199,11 +200,11 @@ def reference_logits(model: Any, conversations: Sequence[Conversation]) -> torch
         for response in each.responses:
             ids = torch.tensor([each.prompt + response])
             pictures = {}
+            if hasattr(model.config, "vision_config"):
+                pictures["mm_token_type_ids"] = (ids == IMAGE).int()
             if each.grid_thw is not None:
-                pictures = {"pixel_values": each.pixel_values.to(model.dtype), "image_grid_thw": each.grid_thw}
-            output = model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(), **pictures
-            )
+                pictures |= {"pixel_values": each.pixel_values.to(model.dtype), "image_grid_thw": each.grid_thw}
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pictures)
             rows.append(output.logits[0, len(each.prompt) - 1 : -1])
     return torch.cat(rows)
 

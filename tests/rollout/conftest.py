@@ -7,58 +7,40 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import (
+    CHARACTERS,
+    EXPERTS,
+    FRAMES,
+    IMAGE,
+    MERGE,
+    PATCH,
+    SPECIAL,
+    TEXT,
+    VIDEO,
+    VISION,
+    VISION_END,
+    save,
+)
 
 from copd_megatron.policy.platform import declare_torchvision_schemas
 from copd_megatron.rollout.types import Images, Prompt
 
-SPECIAL = ["<pad>", "<end>", "<vision>", "</vision>", "<image>", "<video>"]
-PAD, END, VISION, VISION_END, IMAGE, VIDEO = range(6)
-CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz+-*=<>?:, ."
-PATCH, MERGE, FRAMES = 4, 2, 2
 
-
-def build_folder(folder: Path, tied: bool, seed: int = 0, experts: int = 0) -> Path:
-    """Write a Hugging Face folder with config, random weights and tokenizer; with `experts`, in two of three layers."""
+def build_folder(folder: Path, tied: bool, seed: int = 0, experts: bool = False) -> Path:
+    """A Qwen3-VL; with `experts`, in two of three layers."""
     declare_torchvision_schemas()
     import transformers
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", additional_special_tokens=SPECIAL[2:]
-    ).save_pretrained(folder)
-    kind = "Qwen3VLMoe" if experts else "Qwen3VL"
-    sparse = {
-        "num_experts": experts,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 40,
-        "mlp_only_layers": [1],
-    }
-    config = getattr(transformers, f"{kind}Config")(
+    config = getattr(transformers, "Qwen3VLMoeConfig" if experts else "Qwen3VLConfig")(
         text_config={
-            **(sparse if experts else {}),
-            "vocab_size": len(vocabulary),
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": 512,
-            # Large weights, so that distributions are peaked and differ from one position to the next.
-            "initializer_range": 0.2,
+            **TEXT,
+            **({key: value for key, value in EXPERTS.items() if key != "norm_topk_prob"} if experts else {}),
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e4,
                 "mrope_section": [4, 2, 2],
                 "mrope_interleaved": True,
             },
-            "eos_token_id": END,
-            "pad_token_id": PAD,
-            "bos_token_id": PAD,
         },
         vision_config={
             "depth": 2,
@@ -80,10 +62,7 @@ def build_folder(folder: Path, tied: bool, seed: int = 0, experts: int = 0) -> P
         vision_end_token_id=VISION_END,
         tie_word_embeddings=tied,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        getattr(transformers, f"{kind}ForConditionalGeneration")(config).float().save_pretrained(folder)
-    return folder
+    return save(folder, config, seed)
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +80,7 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def expert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with experts."""
-    return build_folder(tmp_path_factory.mktemp("expert_model"), tied=False, seed=2, experts=6)
+    return build_folder(tmp_path_factory.mktemp("expert_model"), tied=False, seed=2, experts=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,8 @@
-"""The policy: Qwen3-VL on megatron-core's building blocks."""
+"""The policy on megatron-core's building blocks: Qwen3-VL, and Qwen3 as its decoder alone."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from copd_megatron.policy import platform
 
@@ -11,17 +10,21 @@ platform.prepare()
 
 from copd_megatron.policy.fp8 import NO_FP8, Fp8Choice  # noqa: E402
 from copd_megatron.policy.layout import Layout  # noqa: E402
-from copd_megatron.policy.qwen3_vl.config import Precision, Recompute, load_config, settings, torch_dtype  # noqa: E402
+from copd_megatron.policy.qwen3_vl.config import (  # noqa: E402
+    HfConfig,
+    Precision,
+    Recompute,
+    load_config,
+    settings,
+    torch_dtype,
+)
 from copd_megatron.policy.qwen3_vl.model import Qwen3VLModel  # noqa: E402
-
-if TYPE_CHECKING:
-    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 
 __all__ = ["Qwen3VLModel", "build_model"]
 
 
 def build_model(
-    source: str | os.PathLike[str] | Qwen3VLConfig,
+    source: str | os.PathLike[str] | HfConfig,
     layout: Layout,
     precision: Precision,
     recompute: Recompute = "none",

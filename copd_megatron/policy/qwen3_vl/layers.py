@@ -68,7 +68,8 @@ def layer_spec(
     attention.core_attention = PackedAttention
     if _own_norm(config):
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.use_te_activation_func:
         mlp.activation_func = swiglu
     if not platform.on_gpu():

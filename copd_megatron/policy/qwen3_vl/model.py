@@ -1,4 +1,4 @@
-"""Qwen3-VL as a Megatron model: vision tower, language model, and what the pipeline schedule asks of them."""
+"""A model as Megatron takes it: vision tower, language model, and what the pipeline schedule asks of them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
+from copd_megatron.errors import DataError
 from copd_megatron.objectives.vocabulary import Vocabulary
 from copd_megatron.policy.attention import AttentionPlan, FeatureRows, PackedTokens
 from copd_megatron.policy.linear import ColumnParallelLinear
@@ -26,14 +27,17 @@ from copd_megatron.policy.qwen3_vl.config import Qwen3VLSettings
 from copd_megatron.policy.qwen3_vl.layers import decoder_spec
 from copd_megatron.policy.qwen3_vl.rope import text_angles
 from copd_megatron.policy.qwen3_vl.vision import VisionTower
+from copd_megatron.policy.qwen3_vl.vision_settings import VisionSettings, WindowSettings
+from copd_megatron.policy.qwen3_vl.windowed import WindowedTower
 
 
 class Qwen3VLModel(LanguageModule):
-    """`Qwen3VLForConditionalGeneration`, or one pipeline stage of it.
+    """`Qwen3VLForConditionalGeneration`, its relatives with experts or without a vision tower, or one pipeline stage.
 
-    The first stage holds `embedding` and `vision`, each its share of `decoder`, the last one `output_layer` (without a
-    weight of its own where that is tied to an `embedding` on the same stage). Between stages travel the hidden states
-    and behind them, as more rows, the DeepStack features that layers of later stages add.
+    The first stage holds `embedding` and `vision` (None in a model that takes text alone), each its share of
+    `decoder`, the last one `output_layer` (without a weight of its own where that is tied to an `embedding` on the same
+    stage). Between stages travel the hidden states and behind them, as more rows, the DeepStack features that layers of
+    later stages add.
     """
 
     def __init__(
@@ -58,7 +62,7 @@ class Qwen3VLModel(LanguageModule):
                 scatter_to_sequence_parallel=False,  # images are put in before
                 tp_group=self.pg_collection.tp,
             )
-            self.vision = VisionTower(settings.vision_config, settings.vision)
+            self.vision = _tower(settings)
         self.decoder = TransformerBlock(
             self.config,
             decoder_spec(self.config, vp_stage),
@@ -124,7 +128,9 @@ class Qwen3VLModel(LanguageModule):
 
     def _packed(self, batch: MicroBatch) -> PackedTokens:
         text = self.settings.text
-        angles = text_angles(batch.position_ids, self.config.kv_channels, text.rope_theta, text.mrope_section)
+        angles = text_angles(
+            batch.position_ids, self.config.kv_channels, text.rope_theta, text.mrope_section, text.mrope_interleaved
+        )
         cos, sin = (wave.to(self.config.params_dtype) for wave in (angles.cos(), angles.sin()))
         plan = AttentionPlan.of(batch.segments, batch.token_ids.device, batch.stripe)
         gather = _gather_stripes if batch.stripe.count > 1 else None
@@ -134,12 +140,14 @@ class Qwen3VLModel(LanguageModule):
         """Tokens [T, 1, H] with image tokens in their places, and DeepStack's features."""
         hidden, features = self.embedding(batch.token_ids.unsqueeze(0), position_ids=None), None
         if batch.pixel_values is not None:
+            if self.vision is None:
+                raise DataError(f"the micro-batch has images, but a {self.family!r} takes text alone")
             tokens, features = self.vision(batch.pixel_values, batch.grid_thw)
             if batch.visual_rows is not None:
                 tokens = tokens.index_select(0, batch.visual_rows)
             hidden = hidden.index_copy(0, batch.visual_index, tokens.unsqueeze(1).to(hidden.dtype))
             features = None if features is None else features.to(hidden.dtype)
-        elif self.touch_all:
+        elif self.touch_all and self.vision is not None:
             hidden = _Untouched.apply(hidden, *self.vision.parameters())
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden)
@@ -149,21 +157,27 @@ class Qwen3VLModel(LanguageModule):
 
     def rows_between_stages(self, batch: MicroBatch) -> int:
         """Rows of the largest message that a stage sends for `batch`."""
-        return self._tokens(batch) + len(self.settings.vision.deepstack_layers) * self._merged_patches(batch)
+        return self._tokens(batch) + self._taps * self._merged_patches(batch)
+
+    @property
+    def _taps(self) -> int:
+        """In how many decoder layers DeepStack's features are added."""
+        return 0 if self.settings.vision is None else len(self.settings.vision.deepstack_layers)
 
     def _tokens(self, batch: MicroBatch) -> int:
         """Tokens of `batch` that this rank keeps between attention and MLP."""
         return len(batch.token_ids) // (self.pg_collection.tp.size() if self.config.sequence_parallel else 1)
 
     def _merged_patches(self, batch: MicroBatch) -> int:
-        patches = 0 if batch.grid_thw is None else int(batch.grid_thw.prod(1).sum())
-        return patches // self.settings.vision.merge**2
+        if batch.grid_thw is None or self.settings.vision is None:
+            return 0
+        return int(batch.grid_thw.prod(1).sum()) // self.settings.vision.merge**2
 
     def _received(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """What the previous stage sent: hidden states, and the features that this stage and later ones add."""
         received: Tensor = self.decoder.input_tensor
         tokens, patches = self._tokens(batch), self._merged_patches(batch)
-        left = max(0, len(self.settings.vision.deepstack_layers) - self.first_layer)
+        left = max(0, self._taps - self.first_layer)
         if not left * patches:
             return received[:tokens], None
         features = received[tokens : tokens + left * patches]
@@ -197,6 +211,15 @@ class Qwen3VLModel(LanguageModule):
             rows = mine if rows is None else rows[mine]
             index = index[mine] - tokens * group.rank()
         return FeatureRows(index, rows, self.first_layer)
+
+
+def _tower(settings: Qwen3VLSettings) -> VisionTower | WindowedTower | None:
+    config, vision = settings.vision_config, settings.vision
+    if config is not None and isinstance(vision, VisionSettings):
+        return VisionTower(config, vision)
+    if config is not None and isinstance(vision, WindowSettings):
+        return WindowedTower(config, vision)
+    return None
 
 
 class _Untouched(torch.autograd.Function):

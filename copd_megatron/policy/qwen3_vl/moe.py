@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -12,19 +12,21 @@ from copd_megatron.errors import ConfigError
 from copd_megatron.policy import platform
 from copd_megatron.policy.layout import Layout
 
-if TYPE_CHECKING:
-    from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
 
-
-def moe_fields(text: Qwen3VLMoeTextConfig, layout: Layout) -> dict[str, Any]:
+def moe_fields(text: Any, part: str, layout: Layout, stacked: bool) -> dict[str, Any]:
     """The fields of `TransformerConfig` that say which layers have experts, how tokens find them and who holds them.
+
+    `part` is what the names of `text`'s fields start with in messages. `stacked` tells that the published files hold
+    the matrices of a layer's experts as one tensor.
 
     The router works in float32 and has no balancing loss: reinforcement learning starts from a balanced model, and the
     loss of another objective would mix into its gradient. ConfigError if the model or the layout is not supported.
     """
-    sparse = _sparse_layers(text)
-    _check_router(text)
-    _check_layout(text, layout)
+    sparse = _sparse_layers(text, part)
+    _check_router(text, part)
+    _check_layout(text, part, layout)
+    if stacked:
+        _check_turned(text, part)
     return {
         "num_moe_experts": text.num_experts,
         "moe_ffn_hidden_size": text.moe_intermediate_size,
@@ -58,41 +60,41 @@ def expert_submodules(layer: ModuleSpec) -> Any:
     return moe.experts.submodules  # type: ignore[union-attr]
 
 
-def _sparse_layers(text: Qwen3VLMoeTextConfig) -> list[bool]:
+def _sparse_layers(text: Any, part: str) -> list[bool]:
     step, layers, dense = text.decoder_sparse_step, text.num_hidden_layers, text.mlp_only_layers or []
     if step < 1:
-        raise ConfigError(f"text_config.decoder_sparse_step is {step}; expected 1 (every layer has experts) or more")
+        raise ConfigError(f"{part}decoder_sparse_step is {step}; expected 1 (every layer has experts) or more")
     if outside := [layer for layer in dense if not 0 <= layer < layers]:
-        raise ConfigError(f"text_config.mlp_only_layers names layers {outside}; the model has layers 0 to {layers - 1}")
+        raise ConfigError(f"{part}mlp_only_layers names layers {outside}; the model has layers 0 to {layers - 1}")
     sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
     if text.num_experts < 1 or not any(sparse):
+        sibling = text.model_type.removesuffix("_text").removesuffix("_moe")
         raise ConfigError(
-            f"text_config: with num_experts {text.num_experts}, decoder_sparse_step {step} and mlp_only_layers {dense} "
-            "no layer has experts; a dense model has the model_type 'qwen3_vl'"
+            f"with {part}num_experts {text.num_experts}, decoder_sparse_step {step} and mlp_only_layers {dense} "
+            f"no layer has experts; a dense model has the model_type {sibling!r}"
         )
     return sparse
 
 
-def _check_router(text: Qwen3VLMoeTextConfig) -> None:
+def _check_router(text: Any, part: str) -> None:
     chosen, experts = text.num_experts_per_tok, text.num_experts
     if not 2 <= chosen <= experts:
-        raise ConfigError(f"text_config.num_experts_per_tok is {chosen}; expected 2 to {experts} of {experts} experts")
+        raise ConfigError(f"{part}num_experts_per_tok is {chosen}; expected 2 to {experts} of {experts} experts")
     if not getattr(text, "norm_topk_prob", True):
         raise ConfigError(
-            "text_config.norm_topk_prob is false; a Qwen3-VL-MoE normalises the weights of the chosen experts"
+            f"{part}norm_topk_prob is false; only models that normalise the weights of the chosen experts are supported"
         )
 
 
-def _check_layout(text: Qwen3VLMoeTextConfig, layout: Layout) -> None:
-    inner, hidden = text.moe_intermediate_size, text.hidden_size
+def _check_layout(text: Any, part: str, layout: Layout) -> None:
+    inner = text.moe_intermediate_size
     if text.num_experts % layout.ep:
         raise ConfigError(
-            f"parallel.ep = {layout.ep} does not divide text_config.num_experts = {text.num_experts}; choose a divisor"
+            f"parallel.ep = {layout.ep} does not divide {part}num_experts = {text.num_experts}; choose a divisor"
         )
     if inner % layout.expert_tp:
         raise ConfigError(
-            f"parallel.etp = {layout.expert_tp} does not divide text_config.moe_intermediate_size = {inner}; "
-            "choose a divisor"
+            f"parallel.etp = {layout.expert_tp} does not divide {part}moe_intermediate_size = {inner}; choose a divisor"
         )
     if layout.tp > 1 and not layout.sequence_parallel:
         raise ConfigError(
@@ -104,8 +106,12 @@ def _check_layout(text: Qwen3VLMoeTextConfig, layout: Layout) -> None:
             f"parallel.etp = {layout.etp} differs from tp = {layout.tp} while ep is 1: megatron-core would not add up "
             "the experts' gradients; leave etp out or choose an ep of at least 2"
         )
+
+
+def _check_turned(text: Any, part: str) -> None:
+    inner, hidden = text.moe_intermediate_size, text.hidden_size
     if hidden in (inner, 2 * inner):
         raise ConfigError(
-            f"text_config: hidden_size = {hidden} makes an expert's matrices square (moe_intermediate_size = {inner}), "
+            f"{part}hidden_size = {hidden} makes an expert's matrices square (moe_intermediate_size = {inner}), "
             "and Hugging Face's files do not say which way round a square one is"
         )

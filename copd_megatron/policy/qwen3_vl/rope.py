@@ -1,7 +1,8 @@
-"""Positions of text and image tokens, and their rotary frequencies (Qwen3-VL's interleaved M-RoPE).
+"""Positions of text and image tokens, and their rotary frequencies (M-RoPE).
 
-Text counts on by one on all three axes (time, row, column). An image stands at one moment, its merged patches spread
-over rows and columns from that moment on, and the text after it continues behind the image's larger side.
+Text counts on by one on all three axes (time, row, column). An image begins at one moment, from which its frames count
+on in time and its merged patches spread over rows and columns; the text after it continues behind the image's larger
+side. Qwen3-VL lets frequencies listen to the axes in turn, Qwen2.5-VL axis after axis.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ def prompt_positions(token_ids: Sequence[int], grid_thw: Tensor | None, image_to
         position += start - token
         axes = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
         parts.append(torch.stack([axis.flatten() for axis in axes]) + position)
-        parts[-1][0] = position
         token, position, seen = start + count, position + max(h, w), seen + count
     parts.append(_text(position, len(ids) - token))
     return torch.cat(parts, dim=1)
@@ -48,6 +48,11 @@ def prompt_positions(token_ids: Sequence[int], grid_thw: Tensor | None, image_to
 def continuation_positions(prompt: Tensor, length: int) -> Tensor:
     """Position ids int64 [3, length] of the tokens that follow a prompt with position ids [3, S]."""
     return _text(int(prompt.max()) + 1, length)
+
+
+def text_positions(length: int) -> Tensor:
+    """Position ids int64 [3, length] of a prompt without images."""
+    return _text(0, length)
 
 
 def _text(start: int, length: int) -> Tensor:
@@ -68,10 +73,18 @@ def interleaved_axes(half: int, section: Sequence[int]) -> Tensor:
     return axes
 
 
-def text_angles(position_ids: Tensor, dim: int, theta: float, section: Sequence[int]) -> Tensor:
+def chunked_axes(section: Sequence[int]) -> Tensor:
+    """The same where the frequencies are shared out in one piece per axis: `section` counts all of them."""
+    return torch.repeat_interleave(torch.arange(3), torch.tensor(section))
+
+
+def text_angles(
+    position_ids: Tensor, dim: int, theta: float, section: Sequence[int], interleaved: bool = True
+) -> Tensor:
     """Rotary angles float32 [T, 1, dim] for `position_ids` [3, T]; both halves of a head turn alike."""
     device = position_ids.device
-    positions = position_ids[interleaved_axes(dim // 2, section).to(device)].T
+    axes = interleaved_axes(dim // 2, section) if interleaved else chunked_axes(section)
+    positions = position_ids[axes.to(device)].T
     angles = positions.float() * inverse_frequencies(dim, theta, device)
     return torch.cat([angles, angles], dim=-1)[:, None]
 

@@ -6,6 +6,7 @@ each other. All images of a micro-batch are packed; attention stays within a fra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,11 +20,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from copd_megatron.policy.attention import AttentionPlan, PackedTokens
+from copd_megatron.policy.elementwise import RMSNorm
 from copd_megatron.policy.linear import ColumnParallelLinear, RowParallelLinear
 from copd_megatron.policy.packed import Segments
-from copd_megatron.policy.qwen3_vl.config import VisionSettings
 from copd_megatron.policy.qwen3_vl.layers import layer_spec
 from copd_megatron.policy.qwen3_vl.rope import vision_angles
+from copd_megatron.policy.qwen3_vl.vision_settings import TowerSettings, VisionSettings
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,35 @@ class PatchGrid:
         return PatchGrid(row, column, height, width)
 
 
+def frame_sizes(grid_thw: Tensor) -> Tensor:
+    """Patches of each frame of images with `grid_thw` int64 [images, 3]: int64 [frames]."""
+    return torch.repeat_interleave(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0])
+
+
+def within(lengths: Tensor, angles: Tensor, hidden: Tensor) -> PackedTokens:
+    """What layers need where patches attend to those of their own group: `lengths` int64 [groups] counts them, on the
+    CPU; `angles` [patches, 1, dim] rotate them, in the number format and on the device of `hidden`."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    plan = AttentionPlan.of(Segments(lengths, nothing, nothing, causal=False), hidden.device)
+    return PackedTokens(plan, angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype))
+
+
 class VisionBlock(TransformerBlock):
     """The tower's layers, which also give the states that DeepStack taps."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, packed: PackedTokens, taps: tuple[int, ...]
+        self, hidden_states: Tensor, packed: Sequence[PackedTokens], taps: tuple[int, ...] = ()
     ) -> tuple[Tensor, list[Tensor]]:
-        """`hidden_states` [patches, 1, H] after the last layer, and after each of the layers `taps` (from 0)."""
+        """`hidden_states` [patches, 1, H] after the last layer, and after each of the layers `taps` (from 0).
+
+        `packed` has one entry per layer.
+        """
         tapped = []
         recompute = self.config.recompute_granularity == "full" and self.training
         for index, layer in enumerate(self.layers):
 
-            def run(hidden: Tensor, layer: torch.nn.Module = layer) -> Tensor:
-                output: Tensor = layer(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)[0]
+            def run(hidden: Tensor, layer: torch.nn.Module = layer, own: PackedTokens = packed[index]) -> Tensor:
+                output: Tensor = layer(hidden_states=hidden, attention_mask=None, packed_seq_params=own)[0]
                 return output
 
             hidden_states = checkpoint(run, False, hidden_states) if recompute else run(hidden_states)
@@ -76,17 +94,20 @@ class PatchMerger(MegatronModule):
     The last layer's merger normalises each patch; DeepStack's normalise the joined block (`after_join`).
     """
 
-    def __init__(self, config: TransformerConfig, vision: VisionSettings, after_join: bool) -> None:
+    def __init__(self, config: TransformerConfig, vision: TowerSettings, after_join: bool) -> None:
         super().__init__(config=config)
         self.block_features = config.hidden_size * vision.merge**2
         self.after_join = after_join
-        self.norm = torch.nn.LayerNorm(self.block_features if after_join else config.hidden_size, eps=1e-6)
+        width = self.block_features if after_join else config.hidden_size
+        self.norm = RMSNorm(config, width) if config.normalization == "RMSNorm" else torch.nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(
             replace(
                 config,
                 hidden_size=vision.out_hidden_size,
                 ffn_hidden_size=self.block_features,
+                gated_linear_unit=False,
                 activation_func=F.gelu,
+                use_te_activation_func=False,
             ),
             MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             input_size=self.block_features,
@@ -133,15 +154,10 @@ class VisionTower(MegatronModule):
 
         `pixel_values` [patches, patch features]; `grid_thw` int64 [images, 3].
         """
-        device = pixel_values.device
         grid = PatchGrid.of(grid_thw, self.vision.merge)
         hidden = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)) + self._positions(grid)
         angles = vision_angles(grid.row, grid.column, self.config.kv_channels, self.vision.rope_theta)
-        sizes = grid_thw.cpu()
-        frames = torch.repeat_interleave(sizes[:, 1] * sizes[:, 2], sizes[:, 0])
-        nothing = torch.empty(0, dtype=torch.int64)
-        plan = AttentionPlan.of(Segments(frames, nothing, nothing, causal=False), device)
-        packed = PackedTokens(plan, angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype))
+        packed = [within(frame_sizes(grid_thw.cpu()), angles, hidden)] * self.config.num_layers
         hidden, tapped = self.blocks(hidden.unsqueeze(1), packed, self.vision.deepstack_layers)
         return self.merger(hidden), self.deepstack_mergers(tapped)
 

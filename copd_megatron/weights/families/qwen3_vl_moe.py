@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from copd_megatron.weights.families.qwen3_vl import HF_LAYER, LAYER, around_layers, attention, mlp
+from copd_megatron.weights.families.decoder import around_layers, expert_names, mixed_layers, router
+from copd_megatron.weights.families.qwen3_vl import LANGUAGE, tower
 from copd_megatron.weights.families.row import ExpertStack, Row, Section
 
 if TYPE_CHECKING:
@@ -17,40 +18,23 @@ GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 def table(settings: Qwen3VLSettings) -> tuple[Section, ...]:
     """Every parameter of the model, in the order in which they are exported."""
-    from copd_megatron.policy.qwen3_vl.moe import has_experts
-
-    config = settings.text_config
-    own = attention(config.num_attention_heads, config.num_query_groups)
     text = settings.hf.text_config
-    sparse = own + _experts(text.num_experts, text.hidden_size, text.moe_intermediate_size)
-    dense = own + mlp()
-    layers = (
-        Section(1, sparse if has_experts(config, number) else dense, number) for number in range(config.num_layers)
-    )
-    return around_layers(settings, tuple(layers))
+    experts = router(LANGUAGE) + _experts(text.num_experts, text.hidden_size, text.moe_intermediate_size)
+    return around_layers(settings, LANGUAGE, mixed_layers(settings, LANGUAGE, experts), tower(settings))
 
 
 def _experts(count: int, hidden: int, inner: int) -> tuple[Row, ...]:
-    m, h = LAYER, HF_LAYER
-    one, grouped = m + "mlp.experts.local_experts.#.", m + "mlp.experts."
+    h = LANGUAGE + "layers.*."
     return (
-        Row(m + "pre_mlp_layernorm.weight", (h + "post_attention_layernorm.weight",)),
-        Row(m + "mlp.router.weight", (h + "mlp.gate.weight",)),
         Row(
-            (one + "linear_fc1.weight", grouped + "linear_fc1.weight#"),
+            expert_names("linear_fc1"),
             (h + GATE_UP,),
             ExpertStack(hidden, 2 * inner),
             shard=0,
             blocks=2,
             experts=count,
         ),
-        Row(
-            (one + "linear_fc2.weight", grouped + "linear_fc2.weight#"),
-            (h + DOWN,),
-            ExpertStack(inner, hidden),
-            shard=1,
-            experts=count,
-        ),
+        Row(expert_names("linear_fc2"), (h + DOWN,), ExpertStack(inner, hidden), shard=1, experts=count),
     )
 
 

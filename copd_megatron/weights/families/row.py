@@ -126,6 +126,21 @@ class ExpertStack:
 
 
 @dataclass(frozen=True)
+class EachExpert:
+    """The matrices of all experts as tensors of their own, expert by expert; `matrices` of them, of equal size, stand
+    above each other in one of Megatron's (gate and up projection: 2)."""
+
+    matrices: int
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        experts = zip(*[iter(parts)] * self.matrices, strict=True)
+        return torch.stack([torch.cat(expert) for expert in experts])
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [part for expert in full for part in expert.chunk(self.matrices)]
+
+
+@dataclass(frozen=True)
 class Row:
     """One kind of parameter.
 

@@ -1,0 +1,61 @@
+"""Sizes of the models that the engine's tests run, and folders with random weights and a character tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from copd_megatron.policy.platform import declare_torchvision_schemas
+
+SPECIAL = ["<pad>", "<end>", "<vision>", "</vision>", "<image>", "<video>"]
+PAD, END, VISION, VISION_END, IMAGE, VIDEO = range(6)
+CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz+-*=<>?:, ."
+PATCH, MERGE, FRAMES = 4, 2, 2
+
+
+TEXT = {
+    "vocab_size": len(SPECIAL) + len(CHARACTERS),
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    # Large weights, so that distributions are peaked and differ from one position to the next.
+    "initializer_range": 0.2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "eos_token_id": END,
+    "pad_token_id": PAD,
+    "bos_token_id": PAD,
+}
+EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "mlp_only_layers": [1],
+    "norm_topk_prob": True,
+}
+
+
+def save(folder: Path, config: Any, seed: int = 0) -> Path:
+    """Write a Hugging Face folder with `config`, random weights and tokenizer."""
+    declare_torchvision_schemas()
+    import transformers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", additional_special_tokens=SPECIAL[2:]
+    ).save_pretrained(folder)
+    kind = type(config).__name__.removesuffix("Config")
+    task = "ForConditionalGeneration" if hasattr(config, "vision_config") else "ForCausalLM"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        getattr(transformers, kind + task)(config).float().save_pretrained(folder)
+    return folder
