@@ -56,14 +56,14 @@ class MegatronSource:
 
     def __init__(self, path: Path, base: Path | None = None, trust: bool = False, crew: Crew = ALONE) -> None:
         self.path = Path(path)
-        if not (self.path / MARKER).is_file():
-            raise WeightsError(f"{path}: is not a complete Megatron checkpoint, there is no {MARKER}")
         self.form = self.path / HF_FILES if base is None else Path(base)
-        if not self.form.is_dir():
-            raise WeightsError(f"{path}: has no {HF_FILES}/ folder; name the model's Hugging Face folder as base")
-        crew.together(self._refuse_other_backends)
+        crew.together(self._refuse_incomplete)
         if not trust:
             crew.together(lambda: self._refuse_untrusted(crew))
+        crew.together(self._open)
+
+    def _open(self) -> None:
+        """Read the index, and find the model of config.json in it."""
         self._model = Form(self.form)
         self.config: dict[str, Any] = self._model.config
         self._reader = FileSystemReader(self.path)
@@ -103,6 +103,14 @@ class MegatronSource:
             parts = self._explained(lambda: place.entry.row.joint.split(self._read(place)))
             self._last = place, dict(zip(place.entry.hf, parts, strict=True))
         return self._last[1][name]
+
+    def padding(self) -> int:
+        """Rows that the vocabulary has beyond that of config.json, so that tensor parallelism could divide it."""
+        return max(
+            self._tensors[place.key].size[0] - place.entry.row.joint.rows
+            for place in self._places
+            if isinstance(place.entry.row.joint, Padded)
+        )
 
     # ------------------------------------------------------------------ reading
 
@@ -146,7 +154,12 @@ class MegatronSource:
 
     # ------------------------------------------------------------------ what is refused
 
-    def _refuse_other_backends(self) -> None:
+    def _refuse_incomplete(self) -> None:
+        """WeightsError unless this looks like a finished checkpoint of the kind that can be read here."""
+        if not (self.path / MARKER).is_file():
+            raise WeightsError(f"{self.path}: is not a complete Megatron checkpoint, there is no {MARKER}")
+        if not self.form.is_dir():
+            raise WeightsError(f"{self.path}: has no {HF_FILES}/ folder; name the model's Hugging Face folder as base")
         try:
             backend = json.loads((self.path / MARKER).read_text()).get("sharded_backend")
         except (OSError, ValueError, AttributeError) as error:
@@ -201,14 +214,6 @@ class MegatronSource:
                 wrong = f"{place.key} {list(self._tensors[place.key].size)} cannot be divided ({error})"
             if wrong:
                 raise WeightsError(f"{self.path}: is not of the model that config.json describes: {wrong}")
-
-    def padding(self) -> int:
-        """Rows that the vocabulary has beyond that of config.json, so that tensor parallelism could divide it."""
-        return max(
-            self._tensors[place.key].size[0] - place.entry.row.joint.rows
-            for place in self._places
-            if isinstance(place.entry.row.joint, Padded)
-        )
 
     def _explained(self, work: Callable[[], Value]) -> Value:
         """Turn whatever torch raises over a file it cannot read into a WeightsError."""
