@@ -11,6 +11,7 @@ import torch
 
 from copd_megatron.errors import WeightsError
 from copd_megatron.policy.layout import Layout
+from copd_megatron.policy.platform import declare_torchvision_schemas
 from copd_megatron.policy.qwen3_vl.config import load_config, settings
 from copd_megatron.weights.collect import Entry
 from copd_megatron.weights.families.qwen3_vl_moe import as_published
@@ -35,8 +36,10 @@ class Form:
                 f"{path / 'config.json'}: {config.num_attention_heads} attention heads cannot share "
                 f"{config.num_query_groups} keys and values; expected a multiple"
             )
+        # A layout pads the vocabulary; the table that is read and written by is that of no division at all.
         self.table: list[Entry] = entries_of(settings(hf, Layout(), "fp32"))
-        self._shapes = _shapes(hf, self.config)
+        self.shapes = _shapes(hf, self.config)
+        """Of transformers' tensors by their names. Files may hold experts under other names."""
 
     def misfit(self, entry: Entry, parts: Mapping[str, tuple[int, ...]]) -> str | None:
         """Why tensors of these shapes are not those of `entry` in this model; None if they are.
@@ -44,12 +47,12 @@ class Form:
         `parts` are the shapes of the entry's Hugging Face tensors by their names.
         """
         for name, shape in parts.items():
-            expected = self._shapes.get(name)
+            expected = self.shapes.get(name)
             if expected is not None and shape != expected:
                 return f"{name} is {list(shape)}, {self.path / 'config.json'} says {list(expected)}"
         row = entry.row
         if row.experts and (inner := self._settings.text_config.moe_ffn_hidden_size):
-            # Files may hold experts otherwise than transformers does; Megatron's matrices are all alike.
+            # Under whatever names files hold experts, Megatron's matrices are all alike.
             hidden = self._settings.text_config.hidden_size
             matrix = [row.blocks * inner, hidden] if row.shard == 0 else [hidden, inner]
             full = joined_shape(entry, list(parts.values()))
@@ -71,8 +74,6 @@ def joined_shape(entry: Entry, shapes: list[tuple[int, ...]]) -> tuple[int, ...]
 
 def _shapes(hf: Any, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors of transformers' model, as published; nothing is allocated."""
-    from copd_megatron.policy.platform import declare_torchvision_schemas
-
     declare_torchvision_schemas()
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 

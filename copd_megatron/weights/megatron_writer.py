@@ -60,7 +60,7 @@ class Record:
         return prod(self.shape) * self.dtype.itemsize if self.place.entry.row.exported else 0
 
     def parts(self) -> Iterator[tuple[MetadataIndex, ChunkStorageMetadata, tuple[slice, ...]]]:
-        """The parts in which it is kept: name, place in the checkpoint's tensor, and place in the full tensor."""
+        """The parts in which it is kept: name, place in the checkpoint's tensor, and place in this one."""
         place = self.place
         for offsets, sizes in place.chunks(self.shape) if self.nbytes else ():
             chunk = ChunkStorageMetadata(

@@ -12,10 +12,12 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from copd_megatron.cli import app
@@ -25,9 +27,11 @@ from copd_megatron.policy.layout import Layout, initialize, shutdown
 from copd_megatron.policy.optimizer import OptimizerSettings
 from copd_megatron.policy.qwen3_vl.config import Precision
 from copd_megatron.policy.trainer import Policy
+from copd_megatron.weights import megatron_writer
 from copd_megatron.weights.convert import layout_of, to_hf, to_megatron
 from copd_megatron.weights.crew import ALONE, Crew
 from copd_megatron.weights.hf import HfFolder, write_folder
+from copd_megatron.weights.hf_shards import plan_shards, write_shards
 from copd_megatron.weights.progress import Progress
 
 
@@ -243,6 +247,59 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "converting, process 1 of 4" in shown
     assert "5.0/10.0 MB" in shown
+
+
+class Mixed:
+    """A norm of three numbers in bfloat16 before and behind a matrix in float32."""
+
+    tensors: ClassVar = {
+        "a": torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16),
+        "b": torch.arange(6.0).view(3, 2).t(),
+        "c": torch.tensor([4.0], dtype=torch.bfloat16),
+    }
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> torch.Size:
+        return self.tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+
+def test_tensors_of_several_formats_are_written_where_they_can_be_mapped(tmp_path: Path) -> None:
+    written: list[int] = []
+    write_shards(Mixed(), [Mixed().names()], tmp_path, ALONE, written.append)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    assert start % 8 == 0
+    assert header["b"]["data_offsets"][0] % 4 == 0
+    again = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in Mixed.tensors.items())
+    assert sum(written) == 32 == len(content) - start
+
+
+def test_large_checkpoints_lie_in_several_files(
+    save_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(megatron_writer, "FILE_BYTES", 30_000)
+    monkeypatch.setattr(megatron_writer, "MAPPED_BYTES", 3_000)
+    base = save_model(0)
+    to_megatron(base, tmp_path / "checkpoint")
+    assert len(list((tmp_path / "checkpoint").glob("__0_*.distcp"))) > 2
+    to_hf(tmp_path / "checkpoint", tmp_path / "again")
+    assert _content(tmp_path / "again") == _content(base)
+
+
+def test_shards_are_filled_in_order_up_to_their_limit() -> None:
+    assert plan_shards(Mixed(), 30) == [["a", "b"], ["c"]]
+    assert plan_shards(Mixed(), 32) == [["a", "b", "c"]]
+    assert plan_shards(Mixed(), 1) == [["a"], ["b"], ["c"]]
 
 
 def test_shares_are_neighbours_of_about_equal_size() -> None:

@@ -144,7 +144,7 @@ class Random:
     """Random weights of the model that a folder's config.json describes, none of them before it is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._shapes = Form(folder)._shapes
+        self._shapes = Form(folder).shapes
 
     def names(self) -> list[str]:
         return [name for name in self._shapes if name != "lm_head.weight"]
