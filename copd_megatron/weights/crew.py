@@ -29,7 +29,8 @@ class Failed(WeightsError):
 
 @dataclass(frozen=True)
 class Crew:
-    """This process's `rank` among `size` that work together. With more than one, all methods are collective."""
+    """This process's `rank` among `size` that work together. With more than one, `together` and `gathered` are
+    collective."""
 
     rank: int = 0
     size: int = 1

@@ -79,7 +79,9 @@ class MegatronSource:
         self._places = [self._found(place) for place in places(self._model.table) if place.entry.row.exported]
         self._refuse_other_model()
         self._place_of = {name: place for place in self._places for name in place.entry.hf}
-        self._refuse_other_shapes()
+        self._shape_of: dict[str, torch.Size] = {}
+        for place in self._places:
+            self._shape_of |= self._fitting_shapes(place)
         self._last: tuple[Place, dict[str, torch.Tensor]] | None = None
 
     def names(self) -> list[str]:
@@ -88,8 +90,8 @@ class MegatronSource:
 
     def shape(self, name: str) -> torch.Size:
         """Shape of a tensor; nothing but the index is read."""
-        place = self._placed(name)
-        return torch.Size(self._shapes(place)[name])
+        self._placed(name)
+        return self._shape_of[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """Number format of a tensor; nothing but the index is read."""
@@ -146,11 +148,11 @@ class MegatronSource:
             raise WeightsError(f"{self.path}: there is no tensor {name}{f'; did you mean {near[0]}?' if near else ''}")
         return self._place_of[name]
 
-    def _shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, place: Place) -> dict[str, torch.Size]:
         """The shapes of the Hugging Face tensors at `place` by their names."""
         full = torch.empty(self._tensors[place.key].size[len(place.index) :], device="meta")
         parts = place.entry.row.joint.split(full)
-        return {name: tuple(part.shape) for name, part in zip(place.entry.hf, parts, strict=True)}
+        return {name: part.shape for name, part in zip(place.entry.hf, parts, strict=True)}
 
     # ------------------------------------------------------------------ what is refused
 
@@ -206,14 +208,17 @@ class MegatronSource:
             if found != place.stack:
                 raise WeightsError(f"{self.path}: has {found[0]} layers of {place.key}, not {place.stack[0]}; {advice}")
 
-    def _refuse_other_shapes(self) -> None:
-        for place in self._places:
-            try:
-                wrong = self._model.misfit(place.entry, self._shapes(place))
-            except (RuntimeError, ValueError) as error:
-                wrong = f"{place.key} {list(self._tensors[place.key].size)} cannot be divided ({error})"
-            if wrong:
-                raise WeightsError(f"{self.path}: is not of the model that config.json describes: {wrong}")
+    def _fitting_shapes(self, place: Place) -> dict[str, torch.Size]:
+        """`_shapes`; WeightsError if they are not those of config.json's model."""
+        shapes: dict[str, torch.Size] = {}
+        try:
+            shapes = self._shapes(place)
+            wrong = self._model.misfit(place.entry, {name: tuple(shape) for name, shape in shapes.items()})
+        except (RuntimeError, ValueError) as error:
+            wrong = f"{place.key} {list(self._tensors[place.key].size)} cannot be divided ({error})"
+        if wrong:
+            raise WeightsError(f"{self.path}: is not of the model that config.json describes: {wrong}")
+        return shapes
 
     def _explained(self, work: Callable[[], Value]) -> Value:
         """Turn whatever torch raises over a file it cannot read into a WeightsError."""
