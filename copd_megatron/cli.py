@@ -28,6 +28,8 @@ app.add_typer(convert_app, name="convert")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. rl.prompts=64")]
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")]
+
 
 @app.command(epilog="Example: copd train configs/mini/text_image.yaml seed=1")
 def train(
@@ -93,22 +95,49 @@ def merge(
 def to_megatron(
     hf_dir: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
     ckpt_dir: Annotated[Path, typer.Argument(help="Megatron distributed checkpoint to write.")],
+    tp: Annotated[int, typer.Option(help="Refuse a model that so many tensor parallel ranks cannot share.")] = 1,
+    pp: Annotated[int, typer.Option(help="The same for pipeline stages.")] = 1,
+    vpp: Annotated[int, typer.Option(help="The same for virtual stages of each of them.")] = 1,
+    ep: Annotated[int, typer.Option(help="The same for expert parallel ranks.")] = 1,
+    etp: Annotated[int, typer.Option(help="The same for ranks that share an expert; 0: as tp.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Hugging Face folder to Megatron distributed checkpoint."""
-    from copd_megatron.weights import convert
+    """Hugging Face folder to Megatron distributed checkpoint, which any parallel layout can load.
 
-    convert.to_megatron(hf_dir, ckpt_dir)
+    Under torchrun (torchrun --nproc-per-node 8 -m copd_megatron.cli convert ...) the processes share the work.
+    """
+    from copd_megatron.weights import convert
+    from copd_megatron.weights.crew import started_crew
+
+    _log_to_stderr()
+    with started_crew() as crew:
+        convert.to_megatron(hf_dir, ckpt_dir, overwrite, convert.layout_of(tp, pp, vpp, ep, etp), crew)
 
 
 @convert_app.command("to-hf", epilog="Example: copd convert to-hf base_megatron base_again")
 def to_hf(
-    ckpt_dir: Annotated[Path, typer.Argument(help="Megatron distributed checkpoint.")],
+    ckpt_dir: Annotated[Path, typer.Argument(help="Megatron distributed checkpoint, of a run too.")],
     hf_dir: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Folder with configuration, tokenizer and processor; by default the checkpoint's own hf/."),
+    ] = None,
+    max_shard_gb: Annotated[float, typer.Option(help="Largest weight file, in GB (10^9 bytes).", min=0.001)] = 4.0,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Read the pickled index without a valid manifest: it can run code.")
+    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Megatron distributed checkpoint to Hugging Face folder."""
-    from copd_megatron.weights import convert
+    """Megatron distributed checkpoint, saved by any parallel layout, to Hugging Face folder.
 
-    convert.to_hf(ckpt_dir, hf_dir)
+    Under torchrun (torchrun --nproc-per-node 8 -m copd_megatron.cli convert ...) the processes share the work.
+    """
+    from copd_megatron.weights import convert
+    from copd_megatron.weights.crew import started_crew
+
+    _log_to_stderr()
+    with started_crew() as crew:
+        convert.to_hf(ckpt_dir, hf_dir, base, overwrite, int(max_shard_gb * 1e9), trust, crew)
 
 
 @app.command(epilog="Example: copd report runs/mini/text_image_seed0")
@@ -137,6 +166,12 @@ def main() -> None:
     except CopdError as error:
         print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -23,6 +23,7 @@ class Entry:
     """A row with its section's number filled in."""
 
     row: Row
+    number: int
     megatron: tuple[str, ...]
     hf: tuple[str, ...]
 
@@ -31,7 +32,7 @@ class Entry:
         """The entry of `row` in the section's repetition `number`."""
         names = (row.megatron,) if isinstance(row.megatron, str) else row.megatron
         megatron, hf = (tuple(name.replace("*", str(number)) for name in group) for group in (names, row.hf))
-        return Entry(row, megatron, hf)
+        return Entry(row, number, megatron, hf)
 
     def held(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of a rank's `parameters` that belong to the entry: none, one, or one per expert in their order."""

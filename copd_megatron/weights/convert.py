@@ -2,58 +2,69 @@
 
     copd convert to-megatron base/ base_megatron/
     copd convert to-hf base_megatron/ base_again/
+    torchrun --nproc-per-node 8 -m copd_megatron.cli convert to-hf base_megatron/ base_again/
 
-One process holds the whole model; the checkpoint can be loaded on any layout. It keeps the Hugging Face folder's
-configuration, tokenizer and processor under `hf/`, so that nothing else is needed for the way back. Checkpoints of a
-training run can be converted too: what they hold beside the model is left alone.
-
-Megatron's metadata is pickled: convert only checkpoints that you trust.
+The model is never built, and no more of it than one row of its family's weight table is in memory of each process. A
+checkpoint can be loaded on any layout, and can have been saved on any. It keeps the Hugging Face folder's
+configuration, tokenizer and processor under `hf/`, so that nothing else is needed for the way back.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from math import lcm
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 
 from copd_megatron.errors import WeightsError
-from copd_megatron.policy import checkpoint
-from copd_megatron.policy.layout import Layout, initialize, shutdown
-from copd_megatron.policy.qwen3_vl import Qwen3VLModel, build_model
-from copd_megatron.policy.qwen3_vl.config import Precision
-from copd_megatron.weights import mapping
-from copd_megatron.weights.hf import SHARD_BYTES, HfFolder, copy_model_files, refuse_content, whole_folder, write_folder
-
-from megatron.core import dist_checkpointing  # isort: skip - after copd_megatron.policy, which prepares the platform
-from torch.distributed.checkpoint.api import CheckpointException  # isort: skip
+from copd_megatron.policy.layout import Layout
+from copd_megatron.weights.crew import ALONE, Crew, Failed
+from copd_megatron.weights.form import Form
+from copd_megatron.weights.hf import SHARD_BYTES, HfFolder, copy_model_files, refuse_content, whole_folder
+from copd_megatron.weights.hf_shards import bytes_of, plan_shards, write_shards
+from copd_megatron.weights.mapping import check_names
+from copd_megatron.weights.megatron_source import HF_FILES, MARKER, MegatronSource
+from copd_megatron.weights.megatron_writer import plan_records, write_checkpoint
+from copd_megatron.weights.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-HF_FILES = "hf"
-MARKER = "metadata.json"
-_PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-_EMBEDDING = "embedding.word_embeddings.weight"
+FORMATS = (torch.float32, torch.bfloat16)
+"""What all tensors of a model of the policy can be."""
+SPARE_BYTES = 64 * 2**20
+"""What a folder may take beyond its tensors: indices, headers, tokenizer."""
 
 
-def to_megatron(hf_dir: Path, ckpt_dir: Path, overwrite: bool = False) -> None:
+def to_megatron(
+    hf_dir: Path, ckpt_dir: Path, overwrite: bool = False, layout: Layout | None = None, crew: Crew = ALONE
+) -> None:
     """Write the Hugging Face folder `hf_dir` as a Megatron distributed checkpoint (torch_dist).
 
-    Raises WeightsError, and leaves `ckpt_dir` as it is, if the folder is damaged, of a model the policy does not know,
-    neither all float32 nor all bfloat16, or if `ckpt_dir` has content and `overwrite` is off.
+    The checkpoint is the same for every layout; `layout` is one that the model must be divisible by. With several
+    processes in `crew`, each calls this and writes a share.
+
+    Raises WeightsError or ConfigError, and leaves `ckpt_dir` as it is, if the folder is damaged, of a model the policy
+    does not know or that `layout` does not divide, neither all float32 nor all bfloat16, if the disk has too little
+    room, or if `ckpt_dir` has content and `overwrite` is off.
     """
-    source = HfFolder(hf_dir)
-    precision = _precision_of(source)
-    with whole_folder(ckpt_dir, marker=MARKER, overwrite=overwrite) as folder, _single_process():
-        models = build_model(hf_dir, Layout(), precision)
-        mapping.to_megatron(dict(source.tensors()), models)
-        with _explained(f"{ckpt_dir}: could not be written", "it is as it was before"):
-            checkpoint.write_tensors(_sharded(models), folder)
-        (folder / HF_FILES).mkdir()
-        copy_model_files(hf_dir, folder / HF_FILES)
-    logger.info("wrote %s as a Megatron checkpoint (%s) to %s", hf_dir, precision, ckpt_dir)
+    crew.together(lambda: refuse_content(ckpt_dir, MARKER, overwrite))
+    source = crew.together(lambda: HfFolder(hf_dir))
+    form = crew.together(lambda: Form(hf_dir, layout))
+    crew.together(lambda: _refuse_tensors(source, form))
+    records = crew.together(lambda: plan_records(source, form))
+    total = sum(record.nbytes for record in records)
+    crew.together(lambda: _refuse_small_disk(ckpt_dir, total))
+    mine = sum(records[number].nbytes for number in crew.share([record.nbytes for record in records]))
+    with _shared_folder(ckpt_dir, MARKER, overwrite, crew) as folder, Progress("converting", mine, crew) as progress:
+        write_checkpoint(source, records, folder, crew, progress.done)
+        crew.together(lambda: _copy_form(hf_dir, folder / HF_FILES) if crew.rank == 0 else None)
+    if crew.rank == 0:
+        logger.info("wrote %s as a Megatron checkpoint (%s) to %s", hf_dir, decimal(total), ckpt_dir)
 
 
 def to_hf(
@@ -62,71 +73,83 @@ def to_hf(
     base: Path | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
+    trust: bool = False,
+    crew: Crew = ALONE,
 ) -> None:
     """Write the model in a Megatron distributed checkpoint as a Hugging Face folder.
 
     Configuration, tokenizer and processor come from the folder `base`, by default from the checkpoint's own `hf/`.
-    Raises WeightsError if there is neither, or if the checkpoint is incomplete, damaged or of another model.
+    Weights lie in files of at most `max_shard_bytes` (or one larger tensor). `trust` and what is refused are as in
+    `MegatronSource`; WeightsError also if the disk has too little room, or if `hf_dir` has content and `overwrite` is
+    off. With several processes in `crew`, each calls this and writes a share.
     """
-    form = ckpt_dir / HF_FILES if base is None else base
-    if not (ckpt_dir / MARKER).is_file():
-        raise WeightsError(f"{ckpt_dir}: is not a complete Megatron checkpoint, there is no {MARKER}")
-    if not form.is_dir():
-        raise WeightsError(f"{ckpt_dir}: has no {HF_FILES}/ folder; name the model's Hugging Face folder as base")
-    refuse_content(hf_dir, "config.json", overwrite)
-    unreadable, unfit = f"{ckpt_dir}: cannot be read", "it is damaged, or not of the model that config.json describes"
-    with _single_process():
-        with _explained(unreadable, unfit):
-            precision = _precision_in(ckpt_dir)
-        models = build_model(form, Layout(), precision)
-        with _explained(unreadable, unfit):
-            models[0].load_state_dict(dist_checkpointing.load(_sharded(models), str(ckpt_dir))["model"])
-        write_folder(hf_dir, mapping.to_hf(models), form, max_shard_bytes, overwrite)
-    logger.info("wrote the Megatron checkpoint %s as a Hugging Face folder to %s", ckpt_dir, hf_dir)
+    crew.together(lambda: refuse_content(hf_dir, "config.json", overwrite))
+    source = MegatronSource(ckpt_dir, base, trust, crew)
+    total = sum(bytes_of(source, name) for name in source.names())
+    crew.together(lambda: _refuse_small_disk(hf_dir, total))
+    if crew.rank == 0 and (rows := source.padding()):
+        logger.info("leaving out %d rows by which the vocabulary was padded", rows)
+    shards = plan_shards(source, max_shard_bytes)
+    sizes = [sum(bytes_of(source, name) for name in names) for names in shards]
+    mine = sum(sizes[number] for number in crew.share(sizes))
+    if crew.rank == 0 and (idle := crew.size - len(shards)) > 0:
+        logger.info("%d processes have nothing to do; smaller shards would occupy them", idle)
+    with (
+        _shared_folder(hf_dir, "config.json", overwrite, crew) as folder,
+        Progress("converting", mine, crew) as progress,
+    ):
+        crew.together(lambda: copy_model_files(source.form, folder) if crew.rank == 0 else None)
+        write_shards(source, shards, folder, crew, progress.done)
+    if crew.rank == 0:
+        logger.info("wrote %s (%s) as a Hugging Face folder to %s", ckpt_dir, decimal(total), hf_dir)
+
+
+def layout_of(tp: int = 1, pp: int = 1, vpp: int = 1, ep: int = 1, etp: int = 0) -> Layout:
+    """The smallest layout with these degrees of parallelism."""
+    world = lcm(tp * pp, ep * (etp or tp) * pp)
+    return Layout(world, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, sequence_parallel=tp > 1)
 
 
 @contextmanager
-def _single_process() -> Iterator[None]:
-    initialize(Layout())
+def _shared_folder(out: Path, marker: str, overwrite: bool, crew: Crew) -> Iterator[Path]:
+    """`whole_folder` for all processes: the first one's. Collective, and so must be all that can fail inside."""
+    first = crew.rank == 0
+    with ExitStack() as stack:
+        folder = crew.together(lambda: stack.enter_context(whole_folder(out, marker, overwrite)) if first else None)
+        try:
+            yield crew.gathered(folder)[0]  # type: ignore[misc]
+            crew.together(stack.close)
+        except WeightsError as error:
+            with suppress(WeightsError):
+                stack.__exit__(type(error), error, error.__traceback__)
+            crew.gathered(None)  # nothing is left of what was begun: torchrun may now end all
+            if isinstance(error, Failed):
+                raise WeightsError(f"{out}: could not be written ({error}); it is as it was before") from error
+            raise
+
+
+def _copy_form(hf_dir: Path, folder: Path) -> None:
+    folder.mkdir()
+    copy_model_files(hf_dir, folder)
+
+
+def _refuse_tensors(source: HfFolder, form: Form) -> None:
     try:
-        yield
-    finally:
-        shutdown()
+        check_names(source.names(), form.table)
+    except WeightsError as error:
+        raise WeightsError(f"{source.path}: {error}") from error
+    formats = {source.dtype(name) for name in source.names()}
+    if len(formats) > 1 or not formats <= set(FORMATS):
+        found, expected = ", ".join(sorted(map(str, formats))), " or ".join(map(str, FORMATS))
+        raise WeightsError(f"{source.path}: tensors are {found}; expected all of them to be {expected}")
 
 
-def _sharded(models: list[Qwen3VLModel]) -> dict[str, object]:
-    return {"model": models[0].sharded_state_dict()}
-
-
-def _precision_of(folder: HfFolder) -> Precision:
-    formats = {folder.dtype(name) for name in folder.names()}
-    if len(formats) > 1 or not formats <= _PRECISIONS.keys():
-        found = ", ".join(sorted(map(str, formats)))
-        expected = " or ".join(map(str, _PRECISIONS))
-        raise WeightsError(f"{folder.path}: tensors are {found}; expected all of them to be {expected}")
-    return _PRECISIONS[formats.pop()]
-
-
-def _precision_in(ckpt_dir: Path) -> Precision:
-    """Of the model in a checkpoint, whose optimizer may have another."""
-    tensors = dist_checkpointing.load_tensors_metadata(str(ckpt_dir))
-    if _EMBEDDING not in tensors:
-        raise WeightsError(f"{ckpt_dir}: holds no {_EMBEDDING}, so it is not a checkpoint of a policy")
-    dtype = tensors[_EMBEDDING].dtype
-    if dtype not in _PRECISIONS:
-        raise WeightsError(f"{ckpt_dir}: its model is {dtype}; expected {' or '.join(map(str, _PRECISIONS))}")
-    return _PRECISIONS[dtype]
-
-
-@contextmanager
-def _explained(what: str, consequence: str) -> Iterator[None]:
-    """Turn whatever megatron-core and torch raise over a file they cannot read or write into a WeightsError."""
-    try:
-        yield
-    except WeightsError:
-        raise
-    except (Exception, CheckpointException) as error:
-        # torch wraps what happened on each rank; here there is one.
-        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        reason = (str(causes[0]).strip().splitlines() or [""])[0]
-        raise WeightsError(f"{what} ({type(causes[0]).__name__}: {reason}); {consequence}") from error
+def _refuse_small_disk(out: Path, total: int) -> None:
+    """WeightsError if `total` bytes of tensors do not fit beside what is at `out` now."""
+    folder = next(parent for parent in out.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < total + SPARE_BYTES:
+        raise WeightsError(
+            f"{out}: {decimal(total + SPARE_BYTES)} are needed, {folder} has {decimal(free)} left (what is overwritten "
+            "stays until the new folder is complete); make room or choose another place"
+        )

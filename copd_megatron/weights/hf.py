@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,11 @@ class HfFolder:
         """Number format of a tensor; nothing but the header is read."""
         return self.tensor(name).dtype
 
+    def let_go(self) -> None:
+        """Give back the memory of what has been read: pages of a mapped file stay with the process until it is closed.
+        Tensors that are still in use keep theirs."""
+        self._shards = {name: _open_shard(self.path / name) for name in self._shards}
+
     def _shard_names(self) -> list[str]:
         if (self.path / INDEX).is_file():
             self._index: dict[str, str] | None = self._read_index()
@@ -153,7 +158,7 @@ def write_folder(
         for shard in _shards(tensors, max_shard_bytes):
             total += sum(tensor.nbytes for tensor in shard.values())
             shards.append(sorted(shard))
-            _save(shard, folder / _shard_file(len(shards), 0))
+            _save(shard, folder / shard_file(len(shards), 0))
         _name_shards(folder, shards, total)
 
 
@@ -240,7 +245,8 @@ def _save(shard: dict[str, torch.Tensor], path: Path) -> None:
         os.fsync(written.fileno())
 
 
-def _shard_file(number: int, count: int) -> str:
+def shard_file(number: int, count: int) -> str:
+    """What shard `number`, from 1, of `count` is called."""
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
@@ -248,11 +254,17 @@ def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
     """Give shards their final names, now that their count is known, and write the index."""
     count = len(shards)
     if count == 1:
-        (folder / _shard_file(1, 0)).rename(folder / SINGLE)
+        (folder / shard_file(1, 0)).rename(folder / SINGLE)
         return
     for number in range(1, count + 1):
-        (folder / _shard_file(number, 0)).rename(folder / _shard_file(number, count))
-    places = {name: _shard_file(number, count) for number, names in enumerate(shards, 1) for name in names}
+        (folder / shard_file(number, 0)).rename(folder / shard_file(number, count))
+    write_index(folder, shards, total)
+
+
+def write_index(folder: Path, shards: Sequence[Sequence[str]], total: int) -> None:
+    """Write the index of `shards`, the names of the tensors in each, with `total` bytes of tensors."""
+    count = len(shards)
+    places = {name: shard_file(number, count) for number, names in enumerate(shards, 1) for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
 

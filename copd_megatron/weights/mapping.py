@@ -7,7 +7,7 @@ second copy of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,10 +36,14 @@ LISTED = 5
 
 def entries(model: nn.Module) -> list[Entry]:
     """The table of the whole model that `model` is, or is a part of."""
-    bare = _bare(model)
+    return entries_of(_bare(model).settings)
+
+
+def entries_of(settings: Any) -> list[Entry]:
+    """The table of the whole model with these settings, which name its `family`."""
     return [
         Entry.of(row, number)
-        for section in TABLES[bare.family](bare.settings)
+        for section in TABLES[settings.family](settings)
         for number in range(section.first, section.first + section.count)
         for row in section.rows
     ]
@@ -58,7 +62,7 @@ def to_megatron(source: Mapping[str, Tensor], model: Sequence[nn.Module]) -> Non
     parameters may then be partly loaded. `lm_head.weight` is ignored where the embeddings are tied.
     """
     table = entries(model[0])
-    _check_names(source, table)
+    check_names(source, table)
     parameters = _parameters(model)
     with torch.no_grad():
         for entry in table:
@@ -67,7 +71,7 @@ def to_megatron(source: Mapping[str, Tensor], model: Sequence[nn.Module]) -> Non
                 for name, shard in zip(held, shards, strict=True):
                     parameters.pop(name).copy_(shard)
     if parameters:
-        raise WeightsError(f"no row of the weight table gives {_listed(parameters)}")
+        raise WeightsError(f"no row of the weight table gives {listed(parameters)}")
 
 
 def to_hf(model: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
@@ -86,7 +90,7 @@ def to_hf(model: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _bare(model: nn.Module) -> Any:
-    """The model inside megatron-core's wrappers: it has a `family`, its `settings` and a `decoder`."""
+    """The model inside megatron-core's wrappers: it has its `settings` and a `decoder`."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return model
@@ -106,16 +110,21 @@ def _parameters(model: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     return found
 
 
-def _check_names(source: Mapping[str, Tensor], table: Sequence[Entry]) -> None:
+def check_names(names: Iterable[str], table: Sequence[Entry]) -> None:
+    """WeightsError unless the Hugging Face tensors called `names` are those of `table`, none less and none more.
+
+    `lm_head.weight` may be there without need where the embeddings are tied.
+    """
     expected = {name for entry in table for name in entry.hf}
-    found = set(source) - ({"lm_head.weight"} - expected)
+    found = set(names) - ({"lm_head.weight"} - expected)
     if missing := sorted(expected - found):
-        raise WeightsError(f"the weights lack {_listed(missing)}; they belong to another model or are incomplete")
+        raise WeightsError(f"the weights lack {listed(missing)}; they belong to another model or are incomplete")
     if unexpected := sorted(found - expected):
-        raise WeightsError(f"the model has no place for {_listed(unexpected)}; its config.json is another model's")
+        raise WeightsError(f"the model has no place for {listed(unexpected)}; its config.json is another model's")
 
 
-def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
+def listed(names: Sequence[str] | Mapping[str, object]) -> str:
+    """A few of `names` for a message, and how many there are."""
     shown = ", ".join(list(names)[:LISTED])
     return f"{len(names)} tensors: {shown}{', …' if len(names) > LISTED else ''}" if len(names) > 1 else shown
 
