@@ -93,6 +93,7 @@ def merge(
         bool | None, typer.Option("--normalise/--no-normalise", help="Divide by the sum of the weights.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of dare's choices.")] = 0,
+    shard_megabytes: Annotated[float, typer.Option(help="Largest file, in MB (10⁶ bytes).", min=1e-3)] = 4e3,
     jobs: Annotated[int | None, typer.Option(help="Threads of each process; one per core by default.", min=1)] = None,
     report: Annotated[
         Path | None, typer.Option(help="Also write how the models differ: this .json file and a .png beside it.")
@@ -121,7 +122,18 @@ def merge(
     gang, console = Gang.from_environment(), Console()
     if not console.is_terminal:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-    merge_folders(models, out, base, recipe, overwrite=overwrite, jobs=jobs, report=report, console=console, gang=gang)
+    merge_folders(
+        models,
+        out,
+        base,
+        recipe,
+        overwrite=overwrite,
+        max_shard_bytes=int(shard_megabytes * 1e6),
+        jobs=jobs,
+        report=report,
+        console=console,
+        gang=gang,
+    )
     if gang.rank == 0:
         console.print(f"merged {len(models)} models into {out}")
 

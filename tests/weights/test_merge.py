@@ -132,7 +132,7 @@ def test_whole_numbers_are_kept_if_equal_and_refused_if_not(tmp_path: Path) -> N
 @pytest.mark.parametrize("different", [{"model_type": "qwen"}, {"architectures": ["Other"]}, {"vocab_size": 65}])
 def test_other_architectures_and_vocabularies_are_refused(tmp_path: Path, different: dict[str, object]) -> None:
     base, other = save(tmp_path / "base", values(0)), save(tmp_path / "other", values(1), **different)
-    with pytest.raises(WeightsError, match="other: .*only models of one"):
+    with pytest.raises(WeightsError, match=r"other: .*only models of one"):
         merge_folders([base, other], tmp_path / "out", base)
     assert not list(tmp_path.glob("*out*"))
 
@@ -180,7 +180,7 @@ def test_pickled_models_and_megatron_checkpoints_are_refused(tmp_path: Path) -> 
         merge_folders([*inputs, pickled], tmp_path / "out", base)
     sharded.mkdir()
     (sharded / "metadata.json").write_text("{}")
-    with pytest.raises(WeightsError, match="is a Megatron checkpoint; .* copd convert to-hf"):
+    with pytest.raises(WeightsError, match=r"is a Megatron checkpoint; .* copd convert to-hf"):
         merge_folders([*inputs, sharded], tmp_path / "out", base)
 
 

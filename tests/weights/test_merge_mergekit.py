@@ -1,7 +1,7 @@
 """Methods of the same name and definition give what mergekit gives.
 
-In bfloat16: within one last place. In float32, which is also the format of the arithmetic, both sides have rounded every
-product and every sum, ours in another order: within two, three where there is a division (`FLOAT32`). A last place is
+In bfloat16: within one last place. In float32, which is also the format of the arithmetic, both sides have rounded
+every product and every sum, ours in another order: within two, three where there is a division (`FLOAT32`). A place is
 counted at the largest of the values that an element is made of: where a merged value is the small difference of larger
 ones, its own is below what float32 arithmetic can tell.
 """

@@ -1,4 +1,4 @@
-"""What each merge method is, on tensors in memory: its definition, its symmetries, and that no bit depends on slices."""
+"""What each merge method is, on tensors in memory: definition and symmetries; and no bit depends on slices."""
 
 from __future__ import annotations
 
