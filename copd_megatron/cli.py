@@ -198,9 +198,9 @@ def _weights(option: str, text: str | None) -> tuple[float, ...] | None:
 
 
 def _pattern(text: str) -> tuple[str, tuple[float, ...]]:
-    pattern, equals, numbers = text.rpartition("=")
-    weights = _weights("--tensor-weights", numbers)
-    if not equals or not pattern or weights is None:
+    pattern, _, numbers = text.rpartition("=")
+    weights = _weights("--tensor-weights", numbers) if pattern else None
+    if weights is None:
         raise ConfigError(f"--tensor-weights {text!r}: expected PATTERN=WEIGHTS, for example 'model.visual.*=0,1'")
     return pattern, weights
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from copd_megatron.config import RunConfig
+from copd_megatron.config.training import MergeConfig
 from copd_megatron.errors import ConfigError
 from copd_megatron.weights.merge.recipe import METHODS, Recipe
 
@@ -59,3 +61,48 @@ def test_defaults_are_those_of_the_methods() -> None:
     divided = {method for method in METHODS if Recipe(method).divides}
     assert divided == {"linear", "slerp", "ties", "multislerp", "karcher"}
     assert (Recipe("ties").kept, Recipe("ties").factor) == (0.5, 1.0)
+
+
+BRANCHES = tuple({"name": name, "data": {"mini": {"modality": "text"}}} for name in ("a", "b"))
+
+
+def test_a_run_merges_linearly_with_equal_weights_unless_told_otherwise() -> None:
+    assert RunConfig(base="base", branches=BRANCHES).merge.recipe(["a", "b"], 3) == Recipe(seed=3)
+
+
+def test_weights_of_a_run_are_given_by_name_of_the_branch() -> None:
+    merge = MergeConfig(
+        method="ties",
+        weights={"b": 0.2, "a": 0.8},
+        tensor_weights={"model.visual.*": {"a": 0, "b": 1}},
+        density=0.3,
+        scale=0.9,
+        normalise=False,
+    )
+    assert merge.recipe(["a", "b"], 1) == Recipe(
+        "ties", (0.8, 0.2), (("model.visual.*", (0.0, 1.0)),), normalise=False, density=0.3, scale=0.9, seed=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("merge", "complaint"),
+    [
+        ({"method": "blend"}, "method"),
+        ({"weights": {"a": 1.0}}, r"merge.weights: expected one weight for each of \['a', 'b'\], found \['a'\]"),
+        (
+            {"tensor_weights": {"x.*": {"a": 1, "c": 0}}},
+            r"merge.tensor_weights\['x\.\*'\]: expected one weight for each",
+        ),
+        ({"method": "ties", "density": 2.0}, "density is 2; expected more than 0"),
+        ({"density": 0.5}, "linear has no use for density"),
+    ],
+)
+def test_a_run_that_cannot_be_merged_is_not_started(merge: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        RunConfig(base="base", branches=BRANCHES, merge=merge)
+
+
+def test_slerp_is_for_two_branches() -> None:
+    third = {"name": "c", "data": {"mini": {"modality": "text"}}}
+    with pytest.raises(ValueError, match="slerp merges two models, 3 are given"):
+        RunConfig(base="base", branches=(*BRANCHES, third), topology="mesh", merge={"method": "slerp"})

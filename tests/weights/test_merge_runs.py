@@ -18,6 +18,7 @@ import torch
 from merge_models import content, family, save, values
 from rich.console import Console
 
+from copd_megatron import cli
 from copd_megatron.errors import WeightsError
 from copd_megatron.weights.hf import HfFolder
 from copd_megatron.weights.merge import partial
@@ -230,6 +231,57 @@ def test_report_says_how_far_models_are_from_the_base_and_from_each_other(tmp_pa
         assert facts["conflicts"] == pytest.approx(float((deltas[0] * deltas[1] < 0).double().mean()))
     assert report["tensors"].keys() == start.keys()
     assert (tmp_path / "report" / "merge.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--weights", "0.5;0.5"], "--weights '0.5;0.5': expected numbers separated by commas"),
+        (["--tensor-weights", "lm_head.weight"], "expected PATTERN=WEIGHTS"),
+        (["--method", "ties", "--density", "0"], "expected more than 0 and at most 1"),
+        (["--report", "report.html"], "expected the name of a .json file"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    complaint: str,
+) -> None:
+    base, inputs = family(tmp_path, 2)
+    monkeypatch.setattr(sys, "argv", ["copd", "merge", *_arguments(inputs, base, tmp_path / "out", *options)])
+    with pytest.raises(SystemExit) as ending:
+        cli.main()
+    assert ending.value.code == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_reach_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, inputs = family(tmp_path, 2)
+    options = [
+        "--method",
+        "dare_linear",
+        "--weights",
+        "0.7,0.6",
+        "--tensor-weights",
+        "*.0.mlp.*=0,1",
+        "--density",
+        "0.4",
+        "--scale",
+        "0.8",
+    ]
+    options += ["--normalise", "--seed", "5"]
+    monkeypatch.setattr(sys, "argv", ["copd", "merge", *_arguments(inputs, base, tmp_path / "out", *options)])
+    with pytest.raises(SystemExit) as ending:
+        cli.main()
+    assert ending.value.code == 0
+    recipe = Recipe("dare_linear", (0.7, 0.6), (("*.0.mlp.*", (0.0, 1.0)),), True, density=0.4, scale=0.8, seed=5)
+    merge_folders(inputs, tmp_path / "same", base, recipe)
+    assert content(tmp_path / "out") == content(tmp_path / "same")
+    merge_folders(inputs, tmp_path / "other", base, Recipe("dare_linear", (0.7, 0.6), density=0.4, scale=0.8, seed=5))
+    assert content(tmp_path / "out") != content(tmp_path / "other")
 
 
 def test_report_of_an_unchanged_model_has_no_directions(tmp_path: Path) -> None:

@@ -174,5 +174,10 @@ def _agreed(stream: Stream, deltas: Sequence[Tensor], terms: Terms) -> Tensor:
         if terms.normalise:
             divisor.add_(agreeing.sign_(), alpha=weight)
     if terms.normalise:
-        total.div_(divisor.masked_fill_(divisor == 0, 1.0))
+        if min(terms.weights) >= 0:
+            # Where nobody agrees 0 is divided by half the smallest weight: cheaper than to look for zeros.
+            divisor.clamp_(min=min((weight for weight in terms.weights if weight > 0), default=1.0) / 2)
+        else:
+            divisor.masked_fill_(divisor == 0, 1.0)
+        total.div_(divisor)
     return total.mul_(sign)

@@ -8,7 +8,8 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from copd_megatron.weights.merge.plan import Shard
 
@@ -28,15 +29,10 @@ class MergeProgress:
         self._began = self._drawn = time.monotonic()
         self._bar: Progress | None = None
         if console is not None and console.is_terminal:
-            columns = (
-                TextColumn("merging"),
-                BarColumn(None),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
+            rate = TextColumn("{task.fields[rate]}", justify="right")
+            columns = (TextColumn("merging"), BarColumn(None), DownloadColumn(), rate, TimeRemainingColumn())
             self._bar = Progress(*columns, console=console, expand=True)
-            self._task = self._bar.add_task("merge", total=total)
+            self._task = self._bar.add_task("merge", total=total, rate="")
 
     def __enter__(self) -> MergeProgress:
         if self._bar is not None:
@@ -47,7 +43,7 @@ class MergeProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._written)
+            self._draw()
             self._bar.stop()
 
     def add(self, count: int) -> None:
@@ -55,10 +51,9 @@ class MergeProgress:
         with self._lock:
             self._written += count
             now = time.monotonic()
-            if self._bar is None or now - self._drawn < _REDRAW_SECONDS:
-                return
-            self._drawn = now
-            self._bar.update(self._task, completed=self._written)
+            if now - self._drawn >= _REDRAW_SECONDS:
+                self._drawn = now
+                self._draw()
 
     def shard(self, shard: Shard, kept: bool = False) -> None:
         """A shard is on disk, or was already."""
@@ -66,13 +61,17 @@ class MergeProgress:
             self._ready += 1
             if kept:
                 self._total -= shard.nbytes
-                if self._bar is not None:
-                    self._bar.update(self._task, total=self._total)
-            seconds = time.monotonic() - self._began
-            rate = self._written / 1e9 / seconds if seconds > 0 else 0.0
-            ready, written = self._ready, self._written
-        what = "was there already" if kept else f"{shard.nbytes / 1e9:.2f} GB"
-        left = (self._total - written) / 1e9 / rate if rate > 0 else 0.0
-        logger.info(
-            "%s: %s; %d of %d shards, %.2f GB/s, %.0f s left", shard.file, what, ready, self._shards, rate, left
-        )
+                self._draw()
+            rate, ready, to_come = self._rate(), self._ready, self._total - self._written
+        what = "was there already" if kept else decimal(shard.nbytes)
+        left = "" if not rate else f", {decimal(int(rate))}/s, {to_come / rate:.0f} s left"
+        logger.info("%s: %s; %d of %d shards%s", shard.file, what, ready, self._shards, left)
+
+    def _rate(self) -> float:
+        """Bytes per second so far."""
+        return self._written / max(time.monotonic() - self._began, 1e-9)
+
+    def _draw(self) -> None:
+        if self._bar is not None:
+            rate = f"{decimal(int(self._rate()))}/s"
+            self._bar.update(self._task, completed=self._written, total=self._total, rate=rate)

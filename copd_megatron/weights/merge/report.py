@@ -14,7 +14,7 @@ from copd_megatron.files import atomic_path, write_atomic
 from copd_megatron.weights.merge.recipe import Recipe
 
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<number>\d+)\.(?P<module>.+)$")
-_CELL_INCHES = 0.24
+_CELL_WIDTH, _CELL_HEIGHT = 0.13, 0.2  # inches
 
 
 def write_report(
@@ -93,16 +93,16 @@ def heat_map(tensors: Mapping[str, Mapping[str, Any]], inputs: Sequence[str]) ->
     norm = LogNorm(max(min(distances, default=0.1), top * 1e-4), max(top, 1e-30) * 1.0001)
     rows = {stack: sorted({module for module, _ in cells}) for stack, cells in stacks.items()}
     columns = len(inputs) + (len(inputs) > 1)
-    most = max(number for cells in stacks.values() for _, number in cells) + 1
-    width = 3.2 + columns * max(2.6, most * _CELL_INCHES)
-    heights = [max(len(modules), 2) * _CELL_INCHES + 0.75 for modules in rows.values()]
+    most = max(layer for cells in stacks.values() for _, layer in cells) + 1
+    width = 3.2 + columns * max(2.6, most * _CELL_WIDTH)
+    heights = [max(len(modules), 2) * _CELL_HEIGHT + 0.75 for modules in rows.values()]
     with style():
         figure = Figure(figsize=(width, sum(heights) + 1.2), layout="constrained")
         grid = figure.subplots(len(rows), columns, squeeze=False, sharey="row", height_ratios=heights)
-        for line, (stack, modules) in zip(grid, rows.items(), strict=True):
+        for number, (stack, modules) in enumerate(rows.items()):
             cells = stacks[stack]
-            layers = max(number for _, number in cells) + 1
-            for column, axis in enumerate(line):
+            layers = max(layer for _, layer in cells) + 1
+            for column, axis in enumerate(grid[number]):
                 conflict = column == len(inputs)
                 values = [[_value(cells.get((module, layer)), column, conflict) for layer in range(layers)]
                           for module in modules]  # fmt: skip
@@ -114,10 +114,11 @@ def heat_map(tensors: Mapping[str, Mapping[str, Any]], inputs: Sequence[str]) ->
                 axis.grid(visible=False)
                 axis.set_yticks(range(len(modules)), [literal(module) for module in modules], fontsize=8)
                 axis.set_xticks(range(0, layers, max(1, math.ceil(layers / 10))))
+                axis.tick_params(axis="x", labelsize=8)
                 axis.set_xlabel(f"layer of {literal(stack)}", fontsize=9)
-                if line is grid[0]:
+                if number == 0:
                     axis.set_title("signs in conflict" if conflict else literal(_short(inputs[column])), fontsize=10)
-                if line is grid[-1]:
+                if number == len(rows) - 1:
                     label = "share of elements" if conflict else "‖input − base‖ / ‖base‖"
                     figure.colorbar(picture, ax=grid[:, column], location="bottom", label=label, shrink=0.9, aspect=30)
         figure.suptitle("What is merged: changes from the base, by module and layer (grey: none)", fontsize=11)

@@ -23,7 +23,10 @@ _NOT_FINITE = 0x7F80  # upper bits of infinity; those of NaN are larger
 
 @dataclass
 class Cut:
-    """Keeps magnitudes above `threshold`, and of those that equal it the first `equals_left` in the tensor's order."""
+    """Keeps magnitudes above `threshold`, and of the `equals` that equal it the first `equals_left`.
+
+    What remains of either is counted while slices are gone through.
+    """
 
     threshold: float
     equals_left: int
@@ -33,15 +36,17 @@ class Cut:
         """Zero what is not kept of `delta` float32 [n], the next slice of the tensor."""
         if self.threshold == 0.0:
             return  # only zeros are to go
-        if self.equals_left == self.equals:
-            torch.hardshrink(delta, _below(self.threshold), out=delta)
-            return
-        kept = (delta.abs() == self.threshold).nonzero()[: self.equals_left, 0]
-        values = delta[kept]
-        torch.hardshrink(delta, self.threshold, out=delta)
-        delta[kept] = values
-        self.equals_left -= len(kept)
-        self.equals -= len(kept)  # stays larger than equals_left: those beyond are dropped
+        if 0 < self.equals_left < self.equals:
+            equal = delta.abs() == self.threshold
+            here = int(equal.count_nonzero())
+            kept = min(here, self.equals_left)
+            if 0 < kept < here:  # in one slice of the tensor at most
+                delta[equal.nonzero()[kept:, 0]] = 0.0
+            self.equals -= here
+            self.equals_left -= kept
+        else:
+            kept = self.equals_left
+        torch.hardshrink(delta, _below(self.threshold) if kept else self.threshold, out=delta)
 
 
 def cuts(stream: Stream, density: float) -> list[Cut]:
