@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from rich.console import Console
 from copd_megatron import cli
 from copd_megatron.errors import WeightsError
 from copd_megatron.weights.hf import HfFolder
-from copd_megatron.weights.merge import partial
+from copd_megatron.weights.merge import partial, work
 from copd_megatron.weights.merge.folders import merge_folders
 from copd_megatron.weights.merge.partial import PartialFolder
 from copd_megatron.weights.merge.plan import shards_of, share
@@ -167,6 +169,56 @@ def test_what_another_merge_left_is_not_used(tmp_path: Path, caplog: pytest.LogC
     merge_folders(inputs, tmp_path / "out", base, recipe, max_shard_bytes=SHARD)
     assert _files(tmp_path / "out") == _files(tmp_path / "whole")
     assert "starting anew" in caplog.text
+
+
+def test_the_error_that_stopped_the_others_is_raised_even_if_it_is_the_last_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, inputs = family(tmp_path, 2)
+    others_stopped = threading.Event()
+    write_tensor = work._write_tensor
+
+    def write(merge: work.Merge, name: str, *rest: Any) -> dict[str, Any]:
+        if name == "lm_head.weight":
+            raise LateError(others_stopped)
+        return write_tensor(merge, name, *rest)
+
+    class LateError(WeightsError):
+        """Takes its time to end its thread."""
+
+        def __init__(self, event: threading.Event) -> None:
+            super().__init__("the cause")
+            self.event = event
+
+    submit = work.ThreadPoolExecutor.submit
+
+    def late(pool: Any, task: Any, *arguments: Any) -> Any:
+        def run() -> None:
+            try:
+                task(*arguments)
+            except LateError:
+                others_stopped.wait(10)
+                raise
+            except BaseException:
+                others_stopped.set()
+                raise
+
+        return submit(pool, run)
+
+    monkeypatch.setattr(work, "_write_tensor", write)
+    monkeypatch.setattr(work.ThreadPoolExecutor, "submit", late)
+    with pytest.raises(WeightsError, match="the cause"):
+        merge_folders(inputs, tmp_path / "out", base, max_shard_bytes=SHARD, jobs=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_finished_does_not_get_its_name(tmp_path: Path) -> None:
+    base, inputs = family(tmp_path, 2, torch.bfloat16)
+    _kill(base, inputs, tmp_path / "out")
+    forms = {name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in HfFolder(base).tensors()}
+    with pytest.raises(ValueError, match="not finished: model-0000"):
+        PartialFolder(tmp_path / "out").complete(shards_of(forms, SHARD), base)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_merges_into_one_folder_are_refused(tmp_path: Path) -> None:

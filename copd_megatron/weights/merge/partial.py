@@ -105,7 +105,12 @@ class PartialFolder:
         return found
 
     def complete(self, shards: list[Shard], like: Path) -> None:
-        """Add index, configuration, tokenizer and processor of the folder `like`, and take the place of `out`."""
+        """Add index, configuration, tokenizer and processor of the folder `like`, and take the place of `out`.
+
+        Raises ValueError, and leaves everything as it is, if a shard is not recorded as finished.
+        """
+        if missing := [shard.file for shard in shards if not (self._state / f"{shard.file}.json").is_file()]:
+            raise ValueError(f"{self.path}: not finished: {', '.join(missing)}")
         copy_model_files(like, self.path)
         if len(shards) > 1:
             places = {name: shard.file for shard in shards for name in shard.forms}

@@ -78,16 +78,16 @@ def write_shards(
             for name in sorted(shard.shard.forms, key=lambda name: (-shard.shard.forms[name].nbytes, name))
         ]
         wait(tasks, return_when=FIRST_EXCEPTION)
-        errors = [task.exception() for task in tasks if task.done()]
-        for error in errors:
-            if error is not None and not isinstance(error, _Stopped):
-                raise error
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
         for shard in open_shards:
             shard.abandon()
         torch.set_num_threads(threads)
+    # Only now: a thread that was stopped can have ended before the one whose error stopped it.
+    errors = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, _Stopped)):
+        raise error
 
 
 class _Stopped(Exception):
