@@ -6,6 +6,7 @@ checkpoint. Heavy libraries are imported by the command that needs them, so that
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -80,15 +81,63 @@ def merge(
     models: Annotated[list[Path], typer.Argument(help="Hugging Face folders to merge.")],
     base: Annotated[Path, typer.Option(help="The model they all come from; gives configuration and tokenizer.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
-    method: Annotated[str, typer.Option(help="linear")] = "linear",
+    method: Annotated[
+        str, typer.Option(help="linear, slerp, task, ties, dare_linear, dare_ties, multislerp or karcher.")
+    ] = "linear",
     weights: Annotated[str | None, typer.Option(help="One weight per model, e.g. 0.7,0.3; equal by default.")] = None,
+    tensor_weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=WEIGHTS", help="Weights of some tensors, e.g. 'model.visual.*=0,1'; repeatable."),
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Share of changes kept (ties, dare); 0.5 by default.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Factor of the merged changes (task, ties, dare).")] = None,
+    normalise: Annotated[
+        bool | None, typer.Option("--normalise/--no-normalise", help="Divide by the sum of the weights.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of dare's choices.")] = 0,
+    shard_megabytes: Annotated[float, typer.Option(help="Largest file, in MB (10⁶ bytes).", min=1e-3)] = 4e3,
+    jobs: Annotated[int | None, typer.Option(help="Threads of each process; one per core by default.", min=1)] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write how the models differ: this .json file and a .png beside it.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output folder.")] = False,
 ) -> None:
-    """Average models of one base into one."""
-    from copd_megatron.weights.merge import merge_folders
+    """Merge models of one base into one; an interrupted merge goes on when it is started again.
 
-    merge_folders(models, out=out, base=base, method=method, weights=_numbers(weights), overwrite=overwrite)
-    Console().print(f"merged {len(models)} models into {out}")
+    Under torchrun (`torchrun --nproc-per-node 4 --no-python copd merge ...`) the processes share the work.
+    """
+    from copd_megatron.weights.merge.folders import merge_folders
+    from copd_megatron.weights.merge.gang import Gang
+    from copd_megatron.weights.merge.recipe import Recipe
+
+    recipe = Recipe(
+        method=method,
+        weights=_weights("--weights", weights),
+        tensor_weights=tuple(_pattern(text) for text in tensor_weights or ()),
+        density=density,
+        scale=scale,
+        normalise=normalise,
+        seed=seed,
+    )
+    if report is not None and report.suffix != ".json":
+        raise ConfigError(f"--report {report}: expected the name of a .json file; a picture is written beside it")
+    gang, console = Gang.from_environment(), Console()
+    if not console.is_terminal:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    merge_folders(
+        models,
+        out,
+        base,
+        recipe,
+        overwrite=overwrite,
+        max_shard_bytes=int(shard_megabytes * 1e6),
+        jobs=jobs,
+        report=report,
+        console=console,
+        gang=gang,
+    )
+    if gang.rank == 0:
+        console.print(f"merged {len(models)} models into {out}")
 
 
 @convert_app.command("to-megatron", epilog="Example: copd convert to-megatron base base_megatron")
@@ -174,13 +223,21 @@ def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
 
-def _numbers(text: str | None) -> list[float] | None:
+def _weights(option: str, text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
-        return [float(part) for part in text.split(",")]
+        return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise ConfigError(f"--weights {text!r}: expected numbers separated by commas, for example 0.7,0.3") from error
+        raise ConfigError(f"{option} {text!r}: expected numbers separated by commas, for example 0.7,0.3") from error
+
+
+def _pattern(text: str) -> tuple[str, tuple[float, ...]]:
+    pattern, _, numbers = text.rpartition("=")
+    weights = _weights("--tensor-weights", numbers) if pattern else None
+    if weights is None:
+        raise ConfigError(f"--tensor-weights {text!r}: expected PATTERN=WEIGHTS, for example 'model.visual.*=0,1'")
+    return pattern, weights
 
 
 if __name__ == "__main__":

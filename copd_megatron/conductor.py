@@ -30,7 +30,7 @@ from copd_megatron.observe.status import BranchStatus
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.run_lock import conductor_lock
-from copd_megatron.weights.merge import merge_folders
+from copd_megatron.weights.merge.folders import merge_folders
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +65,12 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
                 console.print("continuing with other settings (before -> now): " + "; ".join(changes))
             _train(config, folder, names, start, console)
         if not folder.merged.exists():
-            weights = [config.merge.weights[name] for name in names] if config.merge.weights else None
             merge_folders(
                 [folder.final(name) for name in names],
                 out=folder.merged,
                 base=Path(config.base),
-                method=config.merge.method,
-                weights=weights,
+                recipe=config.merge.recipe(names, config.seed),
+                console=console,
             )
             console.print(f"merged model: {folder.merged}")
         if not folder.evaluation.exists():

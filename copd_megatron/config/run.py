@@ -20,6 +20,7 @@ from copd_megatron.config.training import (
     RolloutConfig,
     TeacherConfig,
 )
+from copd_megatron.errors import ConfigError
 from copd_megatron.policy.optimizer import OptimizerSettings
 from copd_megatron.topology import PRESETS, edges_of
 
@@ -76,10 +77,10 @@ class RunConfig(Section):
                 f"log.overlap_k = {self.log.overlap_k} needs as many of the teacher's tokens: raise opd.top_k = "
                 f"{self.opd.top_k} or lower log.overlap_k"
             )
-        if self.merge.weights is not None and set(self.merge.weights) != set(names):
-            raise ValueError(
-                f"merge.weights: expected one weight for each of {names}, found {sorted(self.merge.weights)}"
-            )
+        try:
+            self.merge.recipe(names, self.seed)
+        except ConfigError as error:
+            raise ValueError(f"merge: {error}") from error
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.precision.max_tokens_per_microbatch:
             raise ValueError(

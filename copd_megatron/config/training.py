@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from copd_megatron.config.section import Section
+from copd_megatron.errors import ConfigError
 from copd_megatron.policy.fp8 import Fp8, Fp8Choice
+from copd_megatron.weights.merge.recipe import MethodName, Recipe
 
 
 class RhythmConfig(Section):
@@ -139,10 +142,43 @@ class PrecisionConfig(Section):
 class MergeConfig(Section):
     """The one model at the end."""
 
-    method: Literal["linear"] = "linear"
-    """`linear`: weighted average of the parameters (the paper: uniform)."""
+    method: MethodName = "linear"
+    """`linear`: weighted average of the parameters (the paper: uniform). The others are described in docs/weights.md:
+    `slerp`, `task`, `ties`, `dare_linear`, `dare_ties`, `multislerp`, `karcher`."""
     weights: dict[str, float] | None = None
     """Weight per branch; equal where absent."""
+    tensor_weights: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Weight per branch for the tensors whose Hugging Face name matches a pattern, e.g.
+    {"model.visual.*": {text: 0, image: 1}}; of several patterns the last that matches."""
+    normalise: bool | None = None
+    """Divide by the sum of the weights; where absent, `linear` and `ties` do, `task` and `dare_*` do not."""
+    density: float | None = None
+    """Share of each branch's changes that `ties` and `dare_*` keep, more than 0 and at most 1; 0.5 where absent."""
+    scale: float | None = None
+    """Factor of the merged changes (`task`, `ties`, `dare_*`); 1 where absent."""
+
+    def recipe(self, names: Sequence[str], seed: int) -> Recipe:
+        """For the branches called `names`, in their order. Raises ConfigError if it does not fit them."""
+        recipe = Recipe(
+            method=self.method,
+            weights=None if self.weights is None else self._in_order("merge.weights", self.weights, names),
+            tensor_weights=tuple(
+                (pattern, self._in_order(f"merge.tensor_weights[{pattern!r}]", weights, names))
+                for pattern, weights in self.tensor_weights.items()
+            ),
+            normalise=self.normalise,
+            density=self.density,
+            scale=self.scale,
+            seed=seed,
+        )
+        recipe.check_inputs(len(names))
+        return recipe
+
+    @staticmethod
+    def _in_order(key: str, weights: dict[str, float], names: Sequence[str]) -> tuple[float, ...]:
+        if set(weights) != set(names):
+            raise ConfigError(f"{key}: expected one weight for each of {list(names)}, found {sorted(weights)}")
+        return tuple(weights[name] for name in names)
 
 
 class CheckpointConfig(Section):

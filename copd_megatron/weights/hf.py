@@ -79,6 +79,10 @@ class HfFolder:
         """All (name, tensor) pairs, sorted by name."""
         return ((name, self.tensor(name)) for name in self.names())
 
+    def shards(self) -> list[str]:
+        """Names of the weights' files, sorted."""
+        return sorted(self._shards)
+
     def shape(self, name: str) -> torch.Size:
         """Shape of a tensor; nothing but the header is read."""
         return self.tensor(name).shape

@@ -1,0 +1,310 @@
+"""Merging beside mergekit, and beside what the disk costs.
+
+    make bench-merge     (python tools/bench_merge.py --json docs/benchmarks/merge.json --gigabytes 1 4 12)
+
+Per size and method: branches of one base are made on the spot (bfloat16, in shards), merged by `copd merge` and by
+`mergekit-yaml` in processes of their own, turn and turn about, and their results compared; the first merge of each
+counts for that alone. Then the best of `--repeats` runs is taken: wall time from start to end of the process, Python's
+start included, and peak resident memory. The disk's cost is the time to read the inputs (and, for `ties`, the base)
+and to write as much as the output with plain preadv and pwrite, an fsync at the end; merging forces its output to disk
+too, mergekit does not. Inputs are in the page cache for everybody if memory is large enough to hold them.
+
+The comparison allows one last place of bfloat16. For `ties` it leaves out what float32 cannot decide: changes as large
+as the threshold, of which methods keep different ones, and signs of sums that cancel out to rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform as machine
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import from_checkout  # noqa: F401 - makes the project importable
+import torch
+import yaml
+
+from copd_megatron.files import write_atomic
+from copd_megatron.weights.hf import INDEX, HfFolder
+from copd_megatron.weights.merge.plan import shards_of
+from copd_megatron.weights.tensor_files import Form, TensorWriter
+
+BRANCHES = 3
+DENSITY = 0.2
+SHARDS = 4
+HIDDEN, INNER, VOCABULARY = 2048, 6144, 32768
+METHODS = ("linear", "ties")
+BUFFER = 2**20
+COMPARED = 50_000_000
+"""Elements of a comparison, the smallest tensors first: all of a small model, a part of a large one."""
+MERGEKIT = (
+    "from copd_megatron.policy.platform import declare_torchvision_schemas as declare; declare(); "
+    "from mergekit.scripts.run_yaml import main; main()"
+)
+"""mergekit imports transformers' models, which ask for operators of torchvision that a CPU installation lacks."""
+
+
+def forms(gigabytes: float) -> tuple[dict[str, Form], int]:
+    """Tensors of a Llama of about so many gigabytes in bfloat16, and its layers."""
+    layer = {
+        "input_layernorm.weight": (HIDDEN,),
+        "post_attention_layernorm.weight": (HIDDEN,),
+        "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+        "self_attn.k_proj.weight": (HIDDEN // 4, HIDDEN),
+        "self_attn.v_proj.weight": (HIDDEN // 4, HIDDEN),
+        "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+        "mlp.gate_proj.weight": (INNER, HIDDEN),
+        "mlp.up_proj.weight": (INNER, HIDDEN),
+        "mlp.down_proj.weight": (HIDDEN, INNER),
+    }
+    ends = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+        "lm_head.weight": (VOCABULARY, HIDDEN),
+    }
+    size = sum(math.prod(shape) for shape in layer.values()) * 2
+    layers = max(1, round((gigabytes * 1e9 - sum(math.prod(shape) for shape in ends.values()) * 2) / size))
+    shapes = ends | {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
+    return {name: Form(torch.bfloat16, shape) for name, shape in shapes.items()}, layers
+
+
+def make(folder: Path, gigabytes: float) -> list[Path]:
+    """The base and its branches, as folders of `SHARDS` shards of random values."""
+    tensors, layers = forms(gigabytes)
+    total = sum(form.nbytes for form in tensors.values())
+    shards = shards_of(tensors, math.ceil(total / SHARDS))
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    # Slices of long random rows: drawing every value anew would take longer than all merges.
+    source = torch.Generator().manual_seed(0)
+    period = 4 * BUFFER + 12_345
+    origin = 0.02 * torch.randn(period, generator=source)
+    rows = [origin] + [origin + 0.001 * torch.randn(period, generator=source) for _ in range(BRANCHES)]
+    paths = [folder / name for name in ("base", *(f"branch{number}" for number in range(1, BRANCHES + 1)))]
+    for path, row in zip(paths, rows, strict=True):
+        path.mkdir(parents=True)
+        values = torch.cat([row, row[:BUFFER]]).bfloat16()
+        (path / "config.json").write_text(json.dumps(config))
+        at = 0
+        for shard in shards:
+            writer = TensorWriter(path / shard.file, shard.forms)
+            for name, form in shard.forms.items():
+                for start in range(0, form.numel, BUFFER):
+                    size = min(BUFFER, form.numel - start)
+                    writer.write(name, start, values[at : at + size])
+                    at = (at + size) % period
+            writer.close()
+        if len(shards) > 1:
+            places = {name: shard.file for shard in shards for name in shard.forms}
+            (path / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}))
+    return paths
+
+
+def ours(method: str, paths: Sequence[Path], out: Path) -> list[str]:
+    """The command of `copd merge`."""
+    base, *branches = map(str, paths)
+    options = ["--method", method, *(["--density", str(DENSITY)] if method == "ties" else [])]
+    shard = math.ceil(sum(form.nbytes for form in forms_of(paths[0]).values()) / SHARDS / 1e6)
+    return [sys.executable, "-m", "copd_megatron.cli", "merge", *branches, "--base", base, "-o", str(out), *options,
+            "--shard-megabytes", str(shard)]  # fmt: skip
+
+
+def theirs(method: str, paths: Sequence[Path], out: Path) -> list[str]:
+    """The command of mergekit, which is given the same inputs, weights, density and arithmetic in float32."""
+    own: dict[str, float] = {"weight": 1 / BRANCHES, **({"density": DENSITY} if method == "ties" else {})}
+    description: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": str(path), "parameters": own} for path in paths[1:]],
+        "parameters": {"normalize": True},
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+    }
+    if method == "ties":
+        description["base_model"] = str(paths[0])
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(description))
+    shard = math.ceil(sum(form.numel for form in forms_of(paths[0]).values()) / SHARDS)
+    return [sys.executable, "-c", MERGEKIT, str(file), str(out), "--no-copy-tokenizer", "--no-write-model-card",
+            "--quiet", "--out-shard-size", str(shard), "--num-threads", str(os.cpu_count() or 1)]  # fmt: skip
+
+
+def forms_of(folder: Path) -> dict[str, Form]:
+    """Of a Hugging Face folder's tensors."""
+    model = HfFolder(folder)
+    return {name: Form(model.dtype(name), tuple(model.shape(name))) for name in model.names()}
+
+
+def run(command: Sequence[str], out: Path) -> dict[str, float]:
+    """Seconds and peak resident MiB of a command; SystemExit with its last words if it fails."""
+    shutil.rmtree(out, ignore_errors=True)
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+    with tempfile.TemporaryFile("w+") as words:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, env={**os.environ, **threads}, stdout=words, stderr=words)
+        peak = 0
+        while process.poll() is None:
+            # Not the rusage of the child: that begins with the memory of this process, of which the child is a copy.
+            peak = max(peak, _peak_kib(process.pid))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            words.seek(0)
+            raise SystemExit(f"bench_merge: {' '.join(command[:4])} … failed:\n{words.read()[-2000:]}")
+    return {"seconds": seconds, "peak_mib": peak / 1024}
+
+
+def _peak_kib(pid: int) -> int:
+    """The largest resident memory that a process has had so far (Linux); 0 when it has gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def disk(paths: Sequence[Path], out: Path) -> float:
+    """Seconds to read all weights of `paths` and to write as many bytes as one of them has."""
+    buffer = memoryview(bytearray(BUFFER))
+    began = time.perf_counter()
+    for path in paths:
+        for file in sorted(path.glob("*.safetensors")):
+            handle = os.open(file, os.O_RDONLY)
+            size = os.fstat(handle).st_size
+            for start in range(0, size, BUFFER):
+                os.preadv(handle, [buffer], start)
+            os.close(handle)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    for file in sorted(paths[0].glob("*.safetensors")):
+        handle = os.open(out / file.name, os.O_WRONLY | os.O_CREAT)
+        size = file.stat().st_size
+        for start in range(0, size, BUFFER):
+            os.pwrite(handle, buffer[: min(BUFFER, size - start)], start)
+        os.fsync(handle)
+        os.close(handle)
+    return time.perf_counter() - began
+
+
+def compare(method: str, paths: Sequence[Path], one: Path, other: Path) -> dict[str, float]:
+    """SystemExit if two merged folders differ by more than a last place; how much was compared."""
+    base, *branches = (HfFolder(path) for path in paths)
+    mine, found = HfFolder(one), HfFolder(other)
+    if mine.names() != found.names():
+        raise SystemExit(f"bench_merge: {one} and {other} hold other tensors")
+    compared = left_out = 0
+    for name in sorted(mine.names(), key=lambda name: (math.prod(mine.shape(name)), name)):
+        a, b = mine.tensor(name).float().view(-1), found.tensor(name).float().view(-1)
+        if compared and compared + len(a) > COMPARED:
+            break
+        sources = [branch.tensor(name).float().view(-1) for branch in branches]
+        decided = torch.ones(len(a), dtype=torch.bool)
+        if method == "ties":
+            start = base.tensor(name).float().view(-1)
+            total = torch.zeros(len(a))
+            size = torch.zeros(len(a))
+            for source in sources:
+                delta = source - start
+                keep = max(1, int(DENSITY * len(delta)))
+                threshold = delta.abs().kthvalue(len(delta) - keep + 1).values
+                decided &= delta.abs() != threshold
+                delta[delta.abs() < threshold] = 0.0
+                total += delta
+                size += delta.abs()
+            decided &= (total.abs() > 1e-5 * size) | (size == 0)
+            sources.append(start)
+        largest = torch.stack([source.abs() for source in (b, *sources)]).amax(0).clamp(min=1e-30)
+        wrong = ((a - b).abs() > torch.exp2(largest.log2().floor() - 7)) & decided
+        if bool(wrong.any()):
+            raise SystemExit(f"bench_merge: {method}: {int(wrong.sum())} of {len(a)} elements of {name} differ")
+        compared += len(a)
+        left_out += int((~decided).sum())
+    return {"elements": compared, "left_out": left_out}
+
+
+def bench(method: str, paths: Sequence[Path], folder: Path, repeats: int) -> dict[str, Any]:
+    """Times, memory and ratios of one method."""
+    outs = {"copd": folder / "copd", "mergekit": folder / "mergekit"}
+    commands = {"copd": ours(method, paths, outs["copd"]), "mergekit": theirs(method, paths, outs["mergekit"])}
+    for who in commands:
+        run(commands[who], outs[who])
+    equality = compare(method, paths, outs["copd"], outs["mergekit"])
+    runs: dict[str, list[dict[str, float]]] = {who: [] for who in commands}
+    plain = []
+    for _ in range(repeats):
+        for who, command in commands.items():
+            runs[who].append(run(command, outs[who]))
+        shutil.rmtree(outs["mergekit"])
+        plain.append(disk(paths if method == "ties" else paths[1:], folder / "plain"))
+        shutil.rmtree(folder / "plain")
+    seconds = {who: min(one["seconds"] for one in results) for who, results in runs.items()}
+    peaks = {who: max(one["peak_mib"] for one in results) for who, results in runs.items()}
+    result = {
+        "method": method,
+        "compared": equality,
+        "seconds": seconds,
+        "peak_mib": peaks,
+        "disk_seconds": min(plain),
+        "of_mergekit": seconds["copd"] / seconds["mergekit"],
+        "of_disk": seconds["copd"] / min(plain),
+        "runs": runs,
+    }
+    print(
+        f"{method}: {seconds['copd']:.1f} s, {peaks['copd']:.0f} MiB; mergekit {seconds['mergekit']:.1f} s, "
+        f"{peaks['mergekit']:.0f} MiB; disk {min(plain):.1f} s; {result['of_mergekit']:.2f} of mergekit, "
+        f"{result['of_disk']:.2f} of the disk",
+        flush=True,
+    )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0], help="size of the base and of each branch")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    given = parser.parse_args()
+    sizes = []
+    for gigabytes in given.gigabytes:
+        with tempfile.TemporaryDirectory(dir=given.folder) as name:
+            needed = gigabytes * 1e9 * (BRANCHES + 1 + 3)
+            if (free := shutil.disk_usage(name).free) < needed:
+                raise SystemExit(f"bench_merge: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+            paths = make(Path(name), gigabytes)
+            print(f"{BRANCHES} branches of {gigabytes:g} GB", flush=True)
+            methods = [bench(method, paths, Path(name), given.repeats) for method in given.methods]
+            sizes.append({"gigabytes": gigabytes, "branches": BRANCHES, "methods": methods})
+    if given.json is not None:
+        result = {
+            "date": date.today().isoformat(),
+            "machine": {"cpu": machine.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
+            "torch": torch.__version__,
+            "sizes": sizes,
+        }
+        write_atomic(given.json, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
