@@ -78,7 +78,9 @@ def evaluate(
 
 @app.command(epilog="Example: copd merge branch_a/final branch_b/final --base base -o merged")
 def merge(
-    models: Annotated[list[Path], typer.Argument(help="Hugging Face folders to merge.")],
+    models: Annotated[
+        list[Path], typer.Argument(help="Hugging Face folders, or Megatron distributed checkpoints, to merge.")
+    ],
     base: Annotated[Path, typer.Option(help="The model they all come from; gives configuration and tokenizer.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
     method: Annotated[
@@ -100,6 +102,9 @@ def merge(
     report: Annotated[
         Path | None, typer.Option(help="Also write how the models differ: this .json file and a .png beside it.")
     ] = None,
+    trust: Annotated[
+        bool, typer.Option(help="Read Megatron checkpoints without a valid manifest; their index can run code.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output folder.")] = False,
 ) -> None:
     """Merge models of one base into one; an interrupted merge goes on when it is started again.
@@ -135,6 +140,7 @@ def merge(
         report=report,
         console=console,
         gang=gang,
+        trust=trust,
     )
     if gang.rank == 0:
         console.print(f"merged {len(models)} models into {out}")

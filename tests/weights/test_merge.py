@@ -14,6 +14,7 @@ from merge_models import content, family, save, values
 from safetensors import safe_open
 
 from copd_megatron.errors import ConfigError, WeightsError
+from copd_megatron.weights.convert import to_megatron
 from copd_megatron.weights.hf import SINGLE, HfFolder, write_folder
 from copd_megatron.weights.merge.folders import merge_folders
 from copd_megatron.weights.merge.recipe import METHODS, Recipe
@@ -170,18 +171,44 @@ def test_a_disk_that_is_too_small_is_refused_with_numbers(tmp_path: Path, monkey
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_pickled_models_and_megatron_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_pickled_models_are_refused(tmp_path: Path) -> None:
     base, inputs = family(tmp_path, 1)
-    pickled, sharded = tmp_path / "pickled", tmp_path / "sharded"
+    pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "config.json").write_text("{}")
     (pickled / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(WeightsError, match="only pickled weights"):
         merge_folders([*inputs, pickled], tmp_path / "out", base)
-    sharded.mkdir()
-    (sharded / "metadata.json").write_text("{}")
-    with pytest.raises(WeightsError, match=r"is a Megatron checkpoint; .* copd convert to-hf"):
-        merge_folders([*inputs, sharded], tmp_path / "out", base)
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_megatron_checkpoints_merge_as_the_models_in_them(
+    save_model: Callable[..., Path], tmp_path: Path, experts: int
+) -> None:
+    base, *models = (save_model(seed, torch.bfloat16, experts) for seed in range(3))
+    checkpoint = tmp_path / "checkpoint"
+    to_megatron(models[0], checkpoint)
+    recipe = Recipe("ties", weights=(0.7, 0.3), density=0.4)
+    merge_folders(models, tmp_path / "expected", base, recipe)
+    merge_folders([checkpoint, models[1]], tmp_path / "out", base, recipe)
+    expected = HfFolder(tmp_path / "expected")
+    assert HfFolder(tmp_path / "out").names() == expected.names()
+    assert all(torch.equal(HfFolder(tmp_path / "out").tensor(name), tensor) for name, tensor in expected.tensors())
+
+
+def test_megatron_checkpoints_without_a_manifest_are_read_only_if_trusted(
+    save_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, model = save_model(0), save_model(1)
+    checkpoint = tmp_path / "checkpoint"
+    to_megatron(model, checkpoint)
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(WeightsError, match=r"manifest\.json.*--trust"):
+        merge_folders([model, checkpoint], tmp_path / "out", base)
+    merge_folders([checkpoint], tmp_path / "out", base, trust=True)
+    assert all(
+        torch.equal(HfFolder(tmp_path / "out").tensor(name), tensor) for name, tensor in HfFolder(model).tensors()
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -50,13 +50,16 @@ def merge_folders(
     report: Path | None = None,
     console: Console | None = None,
     gang: Gang | None = None,
+    trust: bool = False,
     chunk: int = CHUNK,
 ) -> None:
-    """Merge the Hugging Face folders `inputs` into the folder `out`, in the form of `base`, by `recipe` (linear).
+    """Merge `inputs` into the Hugging Face folder `out`, in the form of `base`, by `recipe` (linear).
 
-    `base` gives the names, shapes, number formats, configuration and tokenizer. `jobs`: threads, by default one per
-    core. `report`: where to write how the inputs differ, as JSON, with a picture beside it. `gang`: the processes that
-    share the work, all of which call this with the same arguments. `chunk`: elements of a slice; no bit depends on it.
+    Inputs are Hugging Face folders or Megatron distributed checkpoints, of any layouts; checkpoints without a valid
+    manifest of ours are read only with `trust`, because their index is a pickle. The Hugging Face folder `base` gives
+    the names, shapes, number formats, configuration and tokenizer. `jobs`: threads, by default one per core. `report`:
+    where to write how the inputs differ, as JSON, with a picture beside it. `gang`: the processes that share the work,
+    all of which call this with the same arguments. `chunk`: elements of a slice; no bit depends on it.
 
     Raises ConfigError for a recipe that does not fit the inputs; WeightsError, before any work is done, if an input is
     not a model of the same architecture, vocabulary and shapes as the base, `out` has content and `overwrite` is off,
@@ -71,7 +74,7 @@ def merge_folders(
         stack.callback(reference.close)
         sources = []
         for path in inputs:
-            sources.append(open_source(path))
+            sources.append(open_source(path, base, trust))
             stack.callback(sources[-1].close)
         check_models(reference, sources)
         check_vocabularies(base, inputs)

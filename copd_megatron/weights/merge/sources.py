@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 
-from copd_megatron.errors import WeightsError
 from copd_megatron.weights.families.qwen3_vl_moe import as_published
 from copd_megatron.weights.hf import HfFolder
 from copd_megatron.weights.tensor_files import Form, TensorReader
@@ -168,10 +167,24 @@ class WholeSource:
         """The model belongs to the caller."""
 
 
-def open_source(path: Path) -> Source:
-    """The model in the folder `path`. Raises WeightsError if it is not a Hugging Face folder with safetensors."""
-    if (path / "metadata.json").is_file() and not (path / "config.json").exists():
-        raise WeightsError(
-            f"{path}: is a Megatron checkpoint; make a Hugging Face folder of it first: copd convert to-hf {path} DIR"
-        )
-    return FolderSource(path)
+def open_source(path: Path, base: Path | None = None, trust: bool = False) -> Source:
+    """The model in the folder `path`: Hugging Face's safetensors, or a Megatron distributed checkpoint of any layout.
+
+    Of the latter, `base` is the Hugging Face folder that gives the configuration if it has none of its own, and with
+    `trust` it is read without a valid manifest. Raises WeightsError if `path` is neither, or damaged, or not trusted.
+    """
+    if not (path / "metadata.json").is_file() or (path / "config.json").exists():
+        return FolderSource(path)
+    from copd_megatron.weights.megatron_source import HF_FILES, MegatronSource
+
+    model = MegatronSource(path, None if (path / HF_FILES).is_dir() else base, trust)
+    return WholeSource(str(path), model, model.config, _identity(path))
+
+
+def _identity(checkpoint: Path) -> Any:
+    """Path, and of each file its size and time of change."""
+    facts = {str(file.relative_to(checkpoint)): file.stat() for file in sorted(checkpoint.rglob("*")) if file.is_file()}
+    return {
+        "path": str(checkpoint.resolve()),
+        "files": {name: [found.st_size, found.st_mtime_ns] for name, found in facts.items()},
+    }
