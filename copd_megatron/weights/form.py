@@ -14,6 +14,7 @@ from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.platform import declare_torchvision_schemas
 from copd_megatron.policy.qwen3_vl.config import load_config, settings
 from copd_megatron.weights.collect import Entry
+from copd_megatron.weights.families import qwen2_5_vl
 from copd_megatron.weights.families.qwen3_vl_moe import as_published
 from copd_megatron.weights.hf import read_config
 from copd_megatron.weights.mapping import entries_of
@@ -73,11 +74,12 @@ def joined_shape(entry: Entry, shapes: list[tuple[int, ...]]) -> tuple[int, ...]
 
 
 def _shapes(hf: Any, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of transformers' model, as published; nothing is allocated."""
+    """The shapes of the tensors of transformers' model by their published names; nothing is allocated."""
     declare_torchvision_schemas()
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         tensors = kind.from_config(hf).state_dict()
-    return {name: tuple(as_published(name, tensor, config).shape) for name, tensor in tensors.items()}
+    rename = qwen2_5_vl.published_name if config.get("model_type") == "qwen2_5_vl" else str
+    return {rename(name): tuple(as_published(name, tensor, config).shape) for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,19 @@ def test_every_byte_comes_back(tmp_path: Path, hf_config: Any) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("hf_config", MODELS.values(), ids=MODELS)
+def test_shapes_are_held_to_the_configuration(tmp_path: Path, hf_config: Any) -> None:
+    reference(hf_config).save_pretrained(tmp_path / "model")
+    described = json.loads((tmp_path / "model" / "config.json").read_text())
+    sizes = described.get("text_config", described)
+    sizes["vocab_size"] += 1
+    (tmp_path / "model" / "config.json").write_text(json.dumps(described))
+
+    with pytest.raises(WeightsError, match=r"embed_tokens\.weight is \[.*config\.json says \["):
+        convert.to_megatron(tmp_path / "model", tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
 
 
 @pytest.fixture
