@@ -24,7 +24,7 @@ from rich.filesize import decimal
 from copd_megatron.errors import WeightsError
 from copd_megatron.policy.layout import Layout
 from copd_megatron.weights.crew import ALONE, Crew, Failed
-from copd_megatron.weights.form import Form
+from copd_megatron.weights.form import ModelForm
 from copd_megatron.weights.hf import SHARD_BYTES, HfFolder, copy_model_files, refuse_content, whole_folder
 from copd_megatron.weights.hf_shards import bytes_of, plan_shards, write_shards
 from copd_megatron.weights.mapping import check_names
@@ -54,7 +54,7 @@ def to_megatron(
     """
     crew.together(lambda: refuse_content(ckpt_dir, MARKER, overwrite))
     source = crew.together(lambda: HfFolder(hf_dir))
-    form = crew.together(lambda: Form(hf_dir, layout))
+    form = crew.together(lambda: ModelForm(hf_dir, layout))
     crew.together(lambda: _refuse_tensors(source, form))
     records = crew.together(lambda: plan_records(source, form))
     total = sum(record.nbytes for record in records)
@@ -133,7 +133,7 @@ def _copy_form(hf_dir: Path, folder: Path) -> None:
     copy_model_files(hf_dir, folder)
 
 
-def _refuse_tensors(source: HfFolder, form: Form) -> None:
+def _refuse_tensors(source: HfFolder, form: ModelForm) -> None:
     try:
         check_names(source.names(), form.table)
     except WeightsError as error:

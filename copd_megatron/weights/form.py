@@ -20,7 +20,7 @@ from copd_megatron.weights.hf import read_config
 from copd_megatron.weights.mapping import entries_of
 
 
-class Form:
+class ModelForm:
     """The model that config.json of the Hugging Face folder `path` describes, without any weights."""
 
     def __init__(self, path: Path, layout: Layout | None = None) -> None:

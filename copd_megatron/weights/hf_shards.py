@@ -6,8 +6,6 @@ begins with its header, for which names, formats and shapes are enough: no more 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
@@ -15,12 +13,9 @@ from typing import Protocol
 
 import torch
 
-from copd_megatron.errors import WeightsError
 from copd_megatron.weights.crew import Crew
 from copd_megatron.weights.hf import SINGLE, shard_file, write_index
-
-FORMATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""What a safetensors file calls the formats that weights have."""
+from copd_megatron.weights.tensor_files import Form, TensorWriter
 
 
 class Tensors(Protocol):
@@ -72,32 +67,17 @@ def _write_share(
 ) -> None:
     for number in share:
         file = SINGLE if len(shards) == 1 else shard_file(number + 1, len(shards))
-        # Wide formats first: every tensor then begins at a multiple of its format's size.
-        names = sorted(shards[number], key=lambda name: -source.dtype(name).itemsize)
-        _write(source, names, folder / file, done)
+        _write(source, shards[number], folder / file, done)
 
 
 def _write(source: Tensors, names: Sequence[str], file: Path, done: Callable[[int], None]) -> None:
-    with open(file, "xb") as target:
-        target.write(_header(source, names))
+    writer = TensorWriter(file, {name: Form(source.dtype(name), tuple(source.shape(name))) for name in names})
+    try:
         for name in names:
             tensor = source.tensor(name).contiguous()
-            target.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            writer.write(name, 0, tensor.view(-1))
             done(tensor.nbytes)
-        target.flush()
-        os.fsync(target.fileno())
-
-
-def _header(source: Tensors, names: Sequence[str]) -> bytes:
-    """A safetensors file's first bytes: the length of a JSON object, and that object."""
-    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name in names:
-        if (dtype := source.dtype(name)) not in FORMATS:
-            raise WeightsError(f"tensor {name} is {dtype}; expected one of {', '.join(map(str, FORMATS))}")
-        end = start + bytes_of(source, name)
-        content[name] = {"dtype": FORMATS[dtype], "shape": list(source.shape(name)), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(content).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    except BaseException:
+        writer.close(sync=False)
+        raise
+    writer.close()

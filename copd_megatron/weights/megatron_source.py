@@ -30,7 +30,7 @@ from copd_megatron.files import checksum
 from copd_megatron.policy.manifest import MANIFEST, problem, read_manifest
 from copd_megatron.weights.crew import ALONE, Crew
 from copd_megatron.weights.families.row import Padded
-from copd_megatron.weights.form import Form
+from copd_megatron.weights.form import ModelForm
 from copd_megatron.weights.mapping import listed
 from copd_megatron.weights.sharded import Place, numbered, places
 
@@ -64,7 +64,7 @@ class MegatronSource:
 
     def _open(self) -> None:
         """Read the index, and find the model of config.json in it."""
-        self._model = Form(self.form)
+        self._model = ModelForm(self.form)
         self.config: dict[str, Any] = self._model.config
         self._reader = FileSystemReader(self.path)
         self._index = self._explained(self._reader.read_metadata)

@@ -35,7 +35,7 @@ from copd_megatron.errors import WeightsError
 from copd_megatron.files import write_atomic
 from copd_megatron.policy.manifest import Files, describe, write_manifest
 from copd_megatron.weights.crew import Crew
-from copd_megatron.weights.form import Form, joined_shape
+from copd_megatron.weights.form import ModelForm, joined_shape
 from copd_megatron.weights.hf import HfFolder
 from copd_megatron.weights.sharded import Place, places
 
@@ -70,7 +70,7 @@ class Record:
             yield MetadataIndex(place.key, chunk.offsets), chunk, where
 
 
-def plan_records(source: HfFolder, form: Form) -> list[Record]:
+def plan_records(source: HfFolder, form: ModelForm) -> list[Record]:
     """What the checkpoint of `source` will hold. WeightsError if its tensors are not of the model of `form`."""
     records = []
     for place in places(form.table):

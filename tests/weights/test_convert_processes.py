@@ -18,7 +18,7 @@ import torch
 from copd_megatron.errors import WeightsError
 from copd_megatron.weights import convert, hf_shards, megatron_writer
 from copd_megatron.weights.crew import ALONE, started_crew
-from copd_megatron.weights.form import Form
+from copd_megatron.weights.form import ModelForm
 from copd_megatron.weights.hf import HfFolder
 from copd_megatron.weights.progress import Progress
 
@@ -144,7 +144,7 @@ class Random:
     """Random weights of the model that a folder's config.json describes, none of them before it is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._shapes = Form(folder).shapes
+        self._shapes = ModelForm(folder).shapes
 
     def names(self) -> list[str]:
         return [name for name in self._shapes if name != "lm_head.weight"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from copd_megatron.weights.hf import SINGLE
+from copd_megatron.weights.hf import SINGLE, shard_file
 from copd_megatron.weights.tensor_files import Form
 
 
@@ -35,7 +35,7 @@ def shards_of(forms: Mapping[str, Form], max_bytes: int) -> list[Shard]:
     if len(groups) == 1:
         return [Shard(SINGLE, groups[0])]
     count = len(groups)
-    return [Shard(f"model-{number:05d}-of-{count:05d}.safetensors", group) for number, group in enumerate(groups, 1)]
+    return [Shard(shard_file(number, count), group) for number, group in enumerate(groups, 1)]
 
 
 def share(shards: list[Shard], rank: int, world: int) -> list[Shard]:
