@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_checks import wrong_shape_is_named
 from safetensors.torch import load_file, save_file
 from tiny_qwen3_vl import alone, moe_config, reference
 from torch import nn
@@ -122,12 +123,7 @@ def test_transformer_engine_names_are_known(model: list[Qwen3VLModel], weights: 
 def test_wrong_shapes_are_named(
     model: list[Qwen3VLModel], weights: dict[str, torch.Tensor], name: str, shape: tuple[int, ...]
 ) -> None:
-    weights[name] = torch.zeros(shape)
-
-    with pytest.raises(WeightsError) as failure:
-        to_megatron(weights, model)
-
-    assert f"{name} {list(shape)}" in str(failure.value)
+    wrong_shape_is_named(model, weights, name, shape)
 
 
 def test_a_dense_checkpoint_is_refused(model: list[Qwen3VLModel], weights: dict[str, torch.Tensor]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_checks import gradients_equal_transformers
 from tiny_qwen2_5_vl import FRAMES, MIXED, ONE_IMAGE, SEVERAL_SIZES, TEXT, config, published
 from tiny_qwen3_vl import IMAGE, MERGE, Conversation, alone, pack, reference, reference_logits, token_loss
 
@@ -19,7 +20,7 @@ from copd_megatron.policy.qwen3_vl import build_model
 from copd_megatron.policy.qwen3_vl.config import Recompute, load_config, settings
 from copd_megatron.policy.qwen3_vl.rope import continuation_positions, prompt_positions, text_angles
 from copd_megatron.policy.qwen3_vl.windowed import windows
-from copd_megatron.weights.mapping import to_hf, to_megatron
+from copd_megatron.weights.mapping import to_megatron
 
 MODELS = {
     "one full layer": config(),
@@ -59,21 +60,7 @@ def test_logprobs_equal_transformers(layout: Layout, conversations: list[Convers
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_gradients_through_shared_prompts_equal_transformers(layout: Layout, recompute: Recompute) -> None:
     hf = reference(config(tied=True))
-    model = build_model(hf.config, layout, "fp32", recompute)
-    to_megatron(published(hf.state_dict()), model)
-    batch = pack(MIXED)
-
-    token_loss(model[0](batch), batch).backward()
-    token_loss(reference_logits(hf, MIXED), batch).backward()
-
-    for parameter in model[0].parameters():
-        parameter.data = parameter.grad
-    wanted = published({name: parameter.grad for name, parameter in hf.named_parameters()})
-    for name, ours in to_hf(model):
-        theirs = wanted.pop(name)
-        assert theirs.norm() > 0, name
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), name
-    assert not wanted
+    gradients_equal_transformers(layout, hf, MIXED, recompute, published)
 
 
 def test_bf16_is_as_close_to_fp32_as_transformers(layout: Layout) -> None:

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from family_checks import every_byte_comes_back, wrong_shape_is_named
 from tiny_qwen2_5_vl import config, published
 from tiny_qwen3_vl import alone, reference
 
 from copd_megatron.errors import WeightsError
 from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.qwen3_vl import Qwen3VLModel, build_model
-from copd_megatron.weights.hf import HfFolder, write_folder
-from copd_megatron.weights.mapping import hf_names, to_hf, to_megatron
+from copd_megatron.weights.mapping import to_hf, to_megatron
 
 
 @pytest.fixture(scope="module")
@@ -40,26 +39,10 @@ def weights() -> dict[str, torch.Tensor]:
 def test_round_trip_gives_back_every_byte_of_a_folder(
     tmp_path: Path, layout: Layout, tied: bool, precision: Any
 ) -> None:
-    hf = reference(config(tied))
-    hf = hf.bfloat16() if precision == "bf16" else hf
-    hf.save_pretrained(tmp_path / "theirs")
-    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    ours = every_byte_comes_back(tmp_path, layout, reference(config(tied)), precision)
 
-    model = build_model(tmp_path / "theirs", layout, precision)
-    to_megatron(dict(HfFolder(tmp_path / "theirs").tensors()), model)
-    write_folder(tmp_path / "ours", to_hf(model), like=tmp_path / "theirs")
-
-    ours = load_file(tmp_path / "ours" / "model.safetensors")
-    assert sorted(hf_names(model[0])) == sorted(ours)
-    assert ours.keys() == theirs.keys()
     assert ("lm_head.weight" in ours) is not tied
     assert {"visual.blocks.2.mlp.up_proj.bias", "model.layers.3.self_attn.v_proj.bias"} <= ours.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype
-        assert torch.equal(ours[name], tensor), name
-    again = type(hf).from_pretrained(tmp_path / "ours")
-    for name, parameter in again.named_parameters():
-        assert torch.equal(parameter, hf.get_parameter(name)), name
 
 
 def test_no_two_tensors_are_exchanged(model: list[Qwen3VLModel], weights: dict[str, torch.Tensor]) -> None:
@@ -94,9 +77,4 @@ def test_missing_biases_are_named(model: list[Qwen3VLModel], weights: dict[str, 
 def test_wrong_shapes_are_named(
     model: list[Qwen3VLModel], weights: dict[str, torch.Tensor], name: str, shape: tuple[int, ...]
 ) -> None:
-    weights[name] = torch.zeros(shape)
-
-    with pytest.raises(WeightsError) as failure:
-        to_megatron(weights, model)
-
-    assert f"{name} {list(shape)}" in str(failure.value)
+    wrong_shape_is_named(model, weights, name, shape)

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from family_checks import gradients_equal_transformers
 from tiny_qwen3_text import SHARED, TEXT, dense, published, sparse
-from tiny_qwen3_vl import Conversation, alone, conversation, pack, reference, reference_logits, token_loss
+from tiny_qwen3_vl import Conversation, alone, conversation, pack, reference, reference_logits
 
 from copd_megatron.errors import ConfigError, DataError, WeightsError
 from copd_megatron.policy.balance import Cost
 from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.qwen3_vl import build_model
 from copd_megatron.policy.qwen3_vl.config import Recompute, load_config, settings
-from copd_megatron.weights.mapping import to_hf, to_megatron
+from copd_megatron.weights.mapping import to_megatron
 
 MODELS = {
     "dense": dense(),
@@ -56,21 +57,7 @@ def test_gradients_through_shared_prompts_equal_transformers(
     layout: Layout, hf_config: Any, recompute: Recompute
 ) -> None:
     hf = reference(hf_config)
-    model = build_model(hf.config, layout, "fp32", recompute)
-    to_megatron(published(hf.state_dict()), model)
-    batch = pack(SHARED)
-
-    token_loss(model[0](batch), batch).backward()
-    token_loss(reference_logits(hf, SHARED), batch).backward()
-
-    for parameter in model[0].parameters():
-        parameter.data = parameter.grad
-    wanted = published({name: parameter.grad for name, parameter in hf.named_parameters()})
-    for name, ours in to_hf(model):
-        theirs = wanted.pop(name)
-        assert theirs.norm() > 0, name
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), name
-    assert not wanted
+    gradients_equal_transformers(layout, hf, SHARED, recompute, published)
 
 
 def test_images_are_refused(layout: Layout) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_checks import gradients_equal_transformers
 from tiny_qwen3_vl import (
     Conversation,
     alone,
@@ -21,7 +22,7 @@ from copd_megatron.errors import ConfigError, WeightsError
 from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.qwen3_vl import build_model
 from copd_megatron.policy.qwen3_vl.config import Recompute, load_config, settings
-from copd_megatron.weights.mapping import to_hf, to_megatron
+from copd_megatron.weights.mapping import to_megatron
 
 TEXT = [conversation(1, 9, [5, 3])]
 ONE_IMAGE = [conversation(2, 5, [4, 6], [(1, 4, 8)])]
@@ -65,20 +66,7 @@ def test_logprobs_equal_transformers(
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_gradients_through_shared_prompts_equal_transformers(layout: Layout, recompute: Recompute) -> None:
     hf = reference(config(tied=True, deepstack=(0, 1)))
-    model = build_model(hf.config, layout, "fp32", recompute)
-    to_megatron(hf.state_dict(), model)
-    batch = pack(MIXED)
-
-    token_loss(model[0](batch), batch).backward()
-    token_loss(reference_logits(hf, MIXED), batch).backward()
-
-    for parameter in model[0].parameters():
-        parameter.data = parameter.grad
-    wanted = dict(hf.named_parameters())
-    for name, ours in to_hf(model):
-        theirs = wanted.pop(name).grad
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), name
-    assert not wanted
+    gradients_equal_transformers(layout, hf, MIXED, recompute)
 
 
 def test_bf16_is_as_close_to_fp32_as_transformers(layout: Layout) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_checks import gradients_equal_transformers
 from tiny_qwen3_vl import (
     Conversation,
     alone,
@@ -25,7 +26,7 @@ from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.qwen3_vl import build_model
 from copd_megatron.policy.qwen3_vl.config import Recompute, load_config, settings
 from copd_megatron.policy.qwen3_vl.moe import has_experts
-from copd_megatron.weights.mapping import to_hf, to_megatron
+from copd_megatron.weights.mapping import to_megatron
 
 TEXT = [conversation(1, 9, [5, 3])]
 MIXED = [
@@ -67,22 +68,11 @@ def test_logprobs_equal_transformers(
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_gradients_of_experts_and_router_equal_transformers(layout: Layout, recompute: Recompute) -> None:
     hf = reference(moe_config(dense=[2]))
-    model = build_model(hf.config, layout, "fp32", recompute)
-    to_megatron(hf.state_dict(), model)
-    batch = pack(MIXED)
 
-    token_loss(model[0](batch), batch).backward()
-    token_loss(reference_logits(hf, MIXED), batch).backward()
+    def published(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.transpose(1, 2) if "experts" in name else tensor for name, tensor in named.items()}
 
-    for parameter in model[0].parameters():
-        parameter.data = parameter.grad
-    wanted = dict(hf.named_parameters())
-    for name, ours in to_hf(model):
-        theirs = wanted.pop(name).grad
-        theirs = theirs.transpose(1, 2) if "experts" in name else theirs
-        assert theirs.norm() > 0
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), name
-    assert not wanted
+    gradients_equal_transformers(layout, hf, MIXED, recompute, published)
 
 
 def test_bf16_is_as_close_to_fp32_as_transformers(layout: Layout) -> None:
