@@ -23,14 +23,15 @@ help: ## list the targets
 
 env: $(READY) ## create .venv with the pinned packages (again only if they changed)
 
-# torch first, so that nothing else chooses its build; torchvision last and alone, because its own requirements would
-# exchange it again.
+# torch first, so that nothing else chooses its build; what would exchange it, or brings gigabytes for CUDA, last and
+# without its own requirements.
+ALONE := torchvision sglang xgrammar llguidance outlines
 $(READY): pyproject.toml $(PINS)
 	@test -n "$(PYTHON)" || { echo "make env: no Python 3.11 or newer found; install it or give PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $$(grep '^torch==' $(PINS))
-	$(BIN)/pip install --quiet --editable '.[dev]' --constraint $(PINS)
-	$(BIN)/pip install --quiet --no-deps $$(grep '^torchvision==' $(PINS))
+	$(BIN)/pip install --quiet --editable '.[dev,serve-cpu]' --constraint $(PINS)
+	$(BIN)/pip install --quiet --no-deps $(foreach name,$(ALONE),$$(grep '^$(name)==' $(PINS)))
 	touch $@
 
 $(BENCH_READY): $(READY)

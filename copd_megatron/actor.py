@@ -7,7 +7,7 @@ finished samples from it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,8 +18,8 @@ from copd_megatron.objectives.grpo import group_advantages
 from copd_megatron.policy.batching import NATIVE, Sample
 from copd_megatron.randomness import seed_for
 from copd_megatron.rewards.pool import RewardPool
-from copd_megatron.rollout.engine import RolloutEngine
-from copd_megatron.rollout.types import Rollout, Sampling
+from copd_megatron.rollout.engine import RolloutEngine, Scoring
+from copd_megatron.rollout.types import Rollout, Sampling, TeacherScores
 
 
 @dataclass
@@ -34,17 +34,32 @@ class Teacher:
 
     def score(self, rollouts: Sequence[Rollout], version: int) -> list[Rollout]:
         """The same rollouts with this teacher's scores. Raises CopdError if the teacher is not at `version`."""
+        self._check(version)
+        return attach(rollouts, self.engine.score(rollouts, self.top_k, self.temperature))
+
+    def begin(self, version: int) -> Scoring:
+        """The same for rollouts that come one by one."""
+        self._check(version)
+        return self.engine.begin_scoring(self.top_k, self.temperature)
+
+    def _check(self, version: int) -> None:
         if self.engine.version != version:
             raise CopdError(
                 f"teacher {self.name!r} has weights of version {self.engine.version}, the student needs {version}"
             )
-        scores = self.engine.score(rollouts, self.top_k, self.temperature)
-        return [replace(rollout, teacher=score) for rollout, score in zip(rollouts, scores, strict=True)]
+
+
+def attach(rollouts: Sequence[Rollout], scores: Sequence[TeacherScores]) -> list[Rollout]:
+    """The rollouts with their scores."""
+    return [replace(rollout, teacher=score) for rollout, score in zip(rollouts, scores, strict=True)]
 
 
 @dataclass
 class Actor:
-    """Samples with the branch's own weights, from any capability's prompts."""
+    """Samples with the branch's own weights, from any capability's prompts.
+
+    `sends` says that this replica hands the branch's weights to the engine, where replicas share one.
+    """
 
     branch: str
     seed: int
@@ -55,11 +70,38 @@ class Actor:
     rewards: RewardPool
     sampling: Sampling
     normalise_std: bool
+    sends: bool = True
 
-    def rollouts(self, capability: str, prompts: int, step: int) -> list[Rollout]:
-        """G rollouts for each of the next `prompts` prompts of `capability`; the draw depends on `step` alone."""
-        seed = seed_for(self.seed, "rollout", self.branch, capability, step, self.rank)
-        return self.engine.generate(self.streams[capability].draw(prompts), self.sampling, seed)
+    def sampling_task(self, capability: str, prompts: int, step: int) -> Callable[[], list[Rollout]]:
+        """What gives G rollouts for each of the next `prompts` prompts of `capability`.
+
+        The prompts are drawn now; the task can be tried again. The draw depends on `step` alone.
+        """
+        drawn, seed = self.streams[capability].draw(prompts), self._seed(capability, step)
+        return lambda: self.engine.generate(drawn, self.sampling, seed)
+
+    def lesson_task(self, teacher: Teacher, prompts: int, step: int, version: int) -> Callable[[], list[Rollout]]:
+        """What gives such rollouts on the teacher's capability, with its scores at `version`.
+
+        Each is scored as soon as it is there, while the others are still being sampled. Tried again, the task samples
+        nothing a second time.
+        """
+        drawn, seed = self.streams[teacher.name].draw(prompts), self._seed(teacher.name, step)
+        sampled: list[Rollout] = []
+
+        def attempt() -> list[Rollout]:
+            scoring = teacher.begin(version)
+            if sampled:
+                for place, rollout in enumerate(sampled):
+                    scoring.add(place, rollout)
+            else:
+                sampled.extend(self.engine.generate(drawn, self.sampling, seed, finished=scoring.add))
+            return attach(sampled, scoring.results())
+
+        return attempt
+
+    def _seed(self, capability: str, step: int) -> int:
+        return seed_for(self.seed, "rollout", self.branch, capability, step, self.rank)
 
     def grade(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Counter[str]]:
         """Rollouts with rewards, and how many verdicts were not "ok", by status."""

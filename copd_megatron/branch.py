@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 from copd_megatron.actor import Actor
 from copd_megatron.checkpointer import Checkpointer
 from copd_megatron.config import RunConfig
+from copd_megatron.engines import EngineGone, Engines
 from copd_megatron.errors import Interrupted
 from copd_megatron.observe.timeline import Activity
 from copd_megatron.policy import layout
@@ -25,6 +26,7 @@ from copd_megatron.policy.trainer import Policy
 from copd_megatron.probe import Probe
 from copd_megatron.resume import rank_state
 from copd_megatron.rhythm import Step
+from copd_megatron.rollout.sglang.engine import SGLangEngine
 from copd_megatron.rollout.types import Rollout
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.snapshots import Snapshots
@@ -33,6 +35,8 @@ from copd_megatron.tally import Tally
 from copd_megatron.weights.hf import write_folder
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class Branch:
@@ -67,6 +71,8 @@ class Branch:
         self._teacher_version: int | None = None
         self._published: int | None = None
         self._failures: Counter[str] = Counter()
+        self._engines = Engines(config, policy, actor, probe, spokesman)
+        self._streams: dict[str, Any] | None = None
         self._began = time.perf_counter()
 
     @property
@@ -78,6 +84,7 @@ class Branch:
 
     def enter(self) -> None:
         """Before the first update: hand the weights to the engine and, in a fresh run, measure the starting point."""
+        self._remember_streams()
         self._hand_over()
         if self.version == 0:
             self._measure(cycle=0)
@@ -94,11 +101,11 @@ class Branch:
 
     def rollouts(self, capability: str, prompts: int) -> list[Rollout]:
         """G rollouts for each of `prompts` prompts (over all data-parallel ranks); empty where there is no actor."""
-        if self._actor is None:
-            return []
         with self._span("rollout"):
+            if self._actor is None:
+                return self._ask(list)
             share = prompts // layout.data_parallel_size()
-            return self._actor.rollouts(capability, share, self._step.number)
+            return self._ask(self._actor.sampling_task(capability, share, self._step.number))
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with their rewards."""
@@ -119,13 +126,28 @@ class Branch:
             self._forget({wanted})
         self._load_teachers(wanted)
 
-    def score(self, teacher: str, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts with the log-probabilities that `teacher` gives their tokens."""
-        if self._actor is None:
-            return []
-        assert self._teacher_version is not None
+    def lessons(self, prompts: int) -> dict[str, list[Rollout]]:
+        """For every teacher, G rollouts for each of `prompts` prompts of its capability (over all data-parallel ranks),
+        with the log-probabilities that it gives their tokens; empty lists where there is no actor."""
+        point = f"taught/{self._step.number}"
         with self._span("score"):
-            return self._actor.teachers[teacher].score(rollouts, self._teacher_version)
+            if self._actor is None:
+                return self._ask(lambda: {teacher: [] for teacher in self.teachers}, point)
+            assert self._teacher_version is not None
+            share = prompts // layout.data_parallel_size()
+            tasks = {
+                name: self._actor.lesson_task(teacher, share, self._step.number, self._teacher_version)
+                for name, teacher in self._actor.teachers.items()
+            }
+            finished: dict[str, list[Rollout]] = {}
+
+            def work() -> dict[str, list[Rollout]]:
+                for name, task in tasks.items():
+                    if name not in finished:
+                        finished[name] = task()
+                return finished
+
+            return self._ask(work, point)
 
     def update(self, native: Sequence[Rollout], cross: Mapping[str, Sequence[Rollout]] | None = None) -> None:
         """One optimizer step from the branch's own graded rollouts and those that its teachers have scored."""
@@ -146,9 +168,11 @@ class Branch:
                 zero_variance=flat,
                 refused=sum(stream.newly_refused() for stream in self._actor.streams.values()),
                 **self._failures,
+                **self._engines.counts(),
             )
         with self._span("train"):
             trained = self._policy.update(layout.broadcast_in_replica(samples), self._loss, counts)
+        self._remember_streams()
         self._hand_over()
         self._write(trained, Tally.total(over_replicas(tally)))
 
@@ -170,9 +194,10 @@ class Branch:
             write_folder(self._folder.final(self.own), weights.items(), like=self.config.base, overwrite=True)
 
     def close(self, ending: str) -> None:
-        """Show how the branch has ended, close its files and let go of the reward workers."""
+        """Show how the branch has ended, close its files and let go of engines and reward workers."""
         if self._actor is not None:
             self._actor.rewards.close()
+        self._engines.close()
         if self._spokesman is not None:
             self._spokesman.close(ending)
 
@@ -180,15 +205,21 @@ class Branch:
 
     def _hand_over(self) -> None:
         with self._span("sync"):
-            weights = self._policy.named_weights()
-            if self._actor is not None:
-                self._actor.engine.update_weights(weights, self.version)
-            else:
-                for _ in weights:  # every rank takes part in gathering the shards
-                    pass
+            self._engines.hand_over()
+
+    def _ask(self, work: Callable[[], Result], point: str | None = None) -> Result:
+        """The result of `work`, which asks engines (engines.py). Raises what `Engines.ask` does when an engine is lost
+        for good or the run is to stop, with a checkpoint of the state before this step behind it."""
+        try:
+            return self._engines.ask(work, point, self._step.number)
+        except (EngineGone, Interrupted):
+            if self.version:
+                self._save()
+                self._checkpointer.wait()
+            raise
 
     def _publish(self) -> None:
-        if self._published == self.version:
+        if self._engines.shared or self._published == self.version:  # peers ask the engine itself
             return
         with self._span("sync"):
             weights = dict(self._policy.named_weights())
@@ -201,7 +232,9 @@ class Branch:
             return
         with self._span("sync"):
             for name, teacher in self._probe.observed.items():
-                if teacher.engine.version != version:
+                if isinstance(teacher.engine, SGLangEngine):
+                    teacher.engine.follow(version)
+                elif teacher.engine.version != version:
                     teacher.engine.update_weights(self._snapshots.weights(name, version), version)
 
     def _forget(self, keep: set[int]) -> None:
@@ -222,10 +255,12 @@ class Branch:
         self._meet(f"probe/{self.version}")
         self._forget({self.version})
         self._load_teachers(self.version)
-        measured = None
-        numbers: dict[str, float] = {}
-        if self._actor is not None and self._probe is not None:
-            measured, numbers = self._probe.samples(self._actor, self.version)
+        actor, probe = self._actor, self._probe
+
+        def ask() -> tuple[dict[str, list[Sample]] | None, dict[str, float]]:
+            return (None, {}) if actor is None or probe is None else probe.samples(actor, self.version)
+
+        measured, numbers = self._ask(ask, f"probed/{self.version}")
         for name, samples in layout.broadcast_in_replica(measured).items():
             stats = self._policy.measure(samples, self._drift)
             kind, _, teacher = name.partition("/")
@@ -242,6 +277,11 @@ class Branch:
                 symkl={name[6:]: value for name, value in numbers.items() if name.startswith("symkl/")},
             )
 
+    def _remember_streams(self) -> None:
+        """Where the prompts stand between two updates: a checkpoint made in the middle of one goes back to there."""
+        if self._actor is not None:
+            self._streams = {name: stream.state_dict() for name, stream in self._actor.streams.items()}
+
     def _save(self) -> None:
         step = self._step
         done = self.version - (step.number - step.index)
@@ -252,8 +292,7 @@ class Branch:
             # Students go on learning from these weights, and no checkpoint need be of that version.
             file = self._snapshots.file(self.own, frozen)
             attached[file.name] = file
-        streams = {name: stream.state_dict() for name, stream in self._actor.streams.items()} if self._actor else None
-        state = rank_state(layout.data_parallel_rank(), streams) | {"teacher_version": self._teacher_version}
+        state = rank_state(layout.data_parallel_rank(), self._streams) | {"teacher_version": self._teacher_version}
         self._checkpointer.save({**position, "rhythm": self.config.rhythm.model_dump(mode="json")}, state, attached)
 
     # ------------------------------------------------------------------ numbers

@@ -27,6 +27,7 @@ from copd_megatron.observe.pace import RunPlan
 from copd_megatron.observe.progress import Progress
 from copd_megatron.observe.report import build_report
 from copd_megatron.observe.status import BranchStatus
+from copd_megatron.rollout.sglang.fleet import Fleet
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.run_lock import conductor_lock
@@ -105,6 +106,9 @@ def _train(config: RunConfig, folder: RunFolder, names: list[str], start: int, c
     checkpoints = RunCheckpoints(folder, names)
     store = serve()
     supervision = Supervision(store, names)
+    fleet = Fleet(config, folder) if config.rollout.engine == "sglang" else None
+    if fleet is not None:
+        fleet.start()
     gangs = {
         branch.name: Gang(
             branch.name,
@@ -119,10 +123,12 @@ def _train(config: RunConfig, folder: RunFolder, names: list[str], start: int, c
     plan = RunPlan(tuple(names), rhythm.cycles, rhythm.explore_steps, rhythm.exchange_steps)
     try:
         with _stop_on_signal() as stop, Progress(plan, folder.path, console) as progress:
-            _watch(gangs, supervision, progress, stop)
+            _watch(gangs, fleet, supervision, progress, stop)
     finally:
         for gang in gangs.values():
             gang.kill()
+        if fleet is not None:
+            fleet.stop()
     endings = {name: supervision.ending(name) or "died without a word" for name in names}
     if all(ending == "done" for ending in endings.values()):
         return
@@ -131,8 +137,10 @@ def _train(config: RunConfig, folder: RunFolder, names: list[str], start: int, c
     raise CopdError(_explain(endings, gangs, checkpoints.newest()))
 
 
-def _watch(gangs: dict[str, Gang], supervision: Supervision, progress: Progress, stop: _StopRequest) -> None:
-    """Until every gang has ended: pass on status lines, deaths, and the wish to stop."""
+def _watch(
+    gangs: dict[str, Gang], fleet: Fleet | None, supervision: Supervision, progress: Progress, stop: _StopRequest
+) -> None:
+    """Until every gang has ended: pass on status lines, deaths, and the wish to stop; start servers again that died."""
     running = set(gangs)
     asked = False
     while running:
@@ -149,6 +157,8 @@ def _watch(gangs: dict[str, Gang], supervision: Supervision, progress: Progress,
                 log.error("branch %s: %s", name, reason)
                 progress.event(name, reason)
                 supervision.lost(name, reason)
+        for event in fleet.watch() if fleet is not None else ():
+            progress.event("CoPD", event)
         if stop.requested and not asked:
             asked = True
             step = supervision.stop()

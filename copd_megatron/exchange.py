@@ -47,6 +47,7 @@ class Exchange:
     def __init__(self, store: Store, me: str) -> None:
         self._store = store
         self._wait_seconds = 0.0
+        self._renewed = 0
         self.me = me
         self.peers: list[str] = []
 
@@ -66,7 +67,7 @@ class Exchange:
         and save, at the same one.
         """
         self._store.set(f"begun/{self.me}", str(step))
-        return not (self._store.check([_STOP]) and step >= int(self._store.get(_STOP)))
+        return not self.stopping(step)
 
     def end(self, ending: str) -> None:
         """Leave a last word: "done", "interrupted", or "failed: reason"; on return the conductor can read it."""
@@ -76,6 +77,42 @@ class Exchange:
         """Return when every branch has reached `point`. Raises PeerLost if one is gone or takes too long."""
         self._store.set(f"met/{point}/{self.me}", "1")
         self._await([f"met/{point}/{peer}" for peer in self.peers], f"reach {point!r}")
+
+    def together(self, point: str) -> bool:
+        """Whether every branch has reached `point`, as this one has. Raises PeerLost if one is gone."""
+        self._store.set(f"met/{point}/{self.me}", "1")
+        if all(self._store.check([f"met/{point}/{peer}"]) for peer in self.peers):
+            return True
+        self._check_peers()
+        return False
+
+    def ask_renewal(self, peer: str) -> int:
+        """Ask `peer` to hand its engine its weights once more, because that has lost them; the ticket to wait with."""
+        return self._store.add(f"renewal/{peer}", 1)
+
+    def renewed(self, peer: str, ticket: int) -> bool:
+        """Whether `peer` has done so. Raises PeerLost if it is gone."""
+        self._check_peers()
+        key = f"renewed/{peer}"
+        return bool(self._store.check([key])) and int(self._store.get(key)) >= ticket
+
+    def renewal_asked(self) -> int | None:
+        """The last ticket with which a peer asks this branch for a renewal that it has not had; None if none does."""
+        asked = self._store.add(f"renewal/{self.me}", 0)
+        return asked if asked > self._renewed else None
+
+    def renewed_for(self, ticket: int) -> None:
+        """Say that the engine has its weights again, for all tickets up to this one."""
+        self._renewed = ticket
+        self._store.set(f"renewed/{self.me}", str(ticket))
+
+    def stop_before(self, step: int) -> None:
+        """Have all branches stop before update `step`."""
+        self._store.set(_STOP, str(step))
+
+    def stopping(self, step: int) -> bool:
+        """Whether the run is to stop before update `step`."""
+        return bool(self._store.check([_STOP])) and step >= int(self._store.get(_STOP))
 
     def saved(self, step: int, entry: str) -> None:
         """Say that this branch's part of the checkpoint of `step` is on disk, and what the run's manifest needs."""
@@ -114,10 +151,7 @@ class Exchange:
             missing = [key for key in keys if not self._store.check([key])]
             if not missing:
                 return
-            for peer in self.peers:
-                if self._store.check([f"lost/{peer}"]):
-                    reason = self._store.get(f"lost/{peer}").decode()
-                    raise PeerLost(f"branch {self.me!r} stops: its peer {peer!r} is gone ({reason})")
+            self._check_peers()
             if time.monotonic() > deadline:
                 names = ", ".join(key.rsplit("/", 1)[1] for key in missing)
                 raise PeerLost(
@@ -126,6 +160,12 @@ class Exchange:
                 )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _check_peers(self) -> None:
+        for peer in self.peers:
+            if self._store.check([f"lost/{peer}"]):
+                reason = self._store.get(f"lost/{peer}").decode()
+                raise PeerLost(f"branch {self.me!r} stops: its peer {peer!r} is gone ({reason})")
 
 
 def connect(host: str, port: int, me: str) -> Exchange:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +28,11 @@ from copd_megatron.probe import Probe, probe_sampling
 from copd_megatron.resume import State, own_streams
 from copd_megatron.rewards.pool import RewardPool
 from copd_megatron.rollout.embedded import EmbeddedEngine
+from copd_megatron.rollout.engine import RolloutEngine
+from copd_megatron.rollout.sglang.client import Limits
+from copd_megatron.rollout.sglang.endpoints import BASE, read_endpoints
+from copd_megatron.rollout.sglang.engine import SGLangEngine
+from copd_megatron.rollout.sglang.transport import SharedMemory
 from copd_megatron.rollout.types import Prompt, Sampling
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
@@ -58,7 +64,7 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
     saved = _load(policy, config, folder, name, resume) if resume else None
     actor = probe = spokesman = None
     if layout.is_replica_leader():
-        actor, probe = _open_actor(config, name)
+        actor, probe = _open_actor(config, folder, name)
         if saved is not None:
             positions = own_streams(saved, layout.data_parallel_rank(), layout.data_parallel_size())
             for capability, position in positions.items():
@@ -94,7 +100,7 @@ def _load(policy: Policy, config: RunConfig, folder: RunFolder, name: str, step:
         raise WeightsError(f"{error}. {advice}") from error
 
 
-def _open_actor(config: RunConfig, name: str) -> tuple[Actor, Probe]:
+def _open_actor(config: RunConfig, folder: RunFolder, name: str) -> tuple[Actor, Probe]:
     teachers = [teacher for student, teacher in config.edges if student == name]
     observed = teachers or [branch.name for branch in config.branches if branch.name != name]
     test_size = config.eval.problems
@@ -125,27 +131,29 @@ def _open_actor(config: RunConfig, name: str) -> tuple[Actor, Probe]:
         for capability in capabilities.values()
     }
 
-    def teacher(peer: str, index: int, load_weights: bool = False) -> Teacher:
-        engine = EmbeddedEngine(peer, config.base, load_weights=load_weights, max_rows=rollout.max_rows)
-        return Teacher(peer, index, engine, config.opd.top_k, rollout.temperature)
+    open_engine = _engines(config, folder, name)
+
+    def teacher(peer: str, index: int) -> Teacher:
+        return Teacher(peer, index, open_engine(peer), config.opd.top_k, rollout.temperature)
 
     peers = {peer: teacher(peer, index) for index, peer in enumerate(observed)}
     actor = Actor(
         branch=name,
         seed=config.seed,
         rank=rank,
-        engine=EmbeddedEngine(name, config.base, load_weights=False, max_rows=rollout.max_rows),
+        engine=open_engine(name),
         streams=streams,
         teachers={peer: peers[peer] for peer in teachers},
         rewards=RewardPool(config.data.reward_workers, config.data.reward_seconds),
         sampling=sampling,
         normalise_std=config.rl.normalise_std,
+        sends=rank == 0 or rollout.engine == "embedded",
     )
     probe = Probe(
         student=name,
         seed=config.seed,
         observed=peers,
-        base=teacher("base", 0, load_weights=True),
+        base=teacher(BASE, 0) if config.log.kl_to_base else None,
         prompts={
             capability.name: _probe_prompts(capability, builder, config.log.probe_prompts)
             for capability in capabilities.values()
@@ -153,6 +161,25 @@ def _open_actor(config: RunConfig, name: str) -> tuple[Actor, Probe]:
         sampling=probe_sampling(sampling),
     )
     return actor, probe
+
+
+def _engines(config: RunConfig, folder: RunFolder, own: str) -> Callable[[str], RolloutEngine]:
+    """What opens the engine of a branch, or of the base (which has its weights, as version 0), for branch `own`."""
+    rollout = config.rollout
+    if rollout.engine == "embedded":
+        return lambda owner: EmbeddedEngine(owner, config.base, load_weights=owner == BASE, max_rows=rollout.max_rows)
+    endpoints = read_endpoints(folder.endpoints)
+    settings = rollout.sglang
+    limits = Limits(settings.in_flight, settings.request_seconds)
+
+    def open_engine(owner: str) -> SGLangEngine:
+        transport = SharedMemory(settings.bucket_mib << 20) if owner == own else None
+        engine = SGLangEngine(owner, config.base, endpoints[owner], transport, limits, settings.attempts)
+        if owner == BASE:
+            engine.follow(0)
+        return engine
+
+    return open_engine
 
 
 def _probe_prompts(capability: Capability, builder: PromptBuilder, count: int) -> list[Prompt]:

@@ -23,12 +23,13 @@ from copd_megatron.rollout.types import Prompt, Rollout, Sampling
 
 @dataclass
 class Probe:
-    """What one branch measures itself against. `prompts` are the validation prompts of each capability."""
+    """What one branch measures itself against. `prompts` are the validation prompts of each capability; without
+    `base` the distance to it is not measured."""
 
     student: str
     seed: int
     observed: Mapping[str, Teacher]
-    base: Teacher
+    base: Teacher | None
     prompts: Mapping[str, Sequence[Prompt]]
     sampling: Sampling
     _spoken_by_base: list[Sample] = field(default_factory=list)
@@ -38,11 +39,13 @@ class Probe:
 
         Measurements are `drift/<peer>` (the student's states), `teacher/<peer>` (the peer's) and `base`.
         """
-        if not self._spoken_by_base:  # neither the base nor its prompts ever change
-            spoken = self._speak(self.base, self.student, version=0)
-            self._spoken_by_base = _samples(self.base.score(spoken, 0))
-        measured = {"base": self._spoken_by_base}
+        measured = {}
         numbers = {}
+        if self.base is not None:
+            if not self._spoken_by_base:  # neither the base nor its prompts ever change
+                spoken = self._speak(self.base, self.student, version=0)
+                self._spoken_by_base = _samples(self.base.score(spoken, 0))
+            measured["base"] = self._spoken_by_base
         visited = {
             name: actor.engine.generate(
                 prompts, self.sampling, seed_for(self.seed, "probe", self.student, name, version)

@@ -19,6 +19,7 @@ FREE = (
     "precision.max_tokens_per_microbatch",
     "rollout.engine",
     "rollout.max_rows",
+    "rollout.sglang",
     "teacher.wait_seconds",
 )
 """What a continued run may change, beside its branches' `parallel`: where and how it computes, not what."""
@@ -34,6 +35,7 @@ class RunFolder:
         self.merged = self.path / "merged"
         self.evaluation = self.path / "evaluation.json"
         self.log = self.path / "run.log"
+        self.endpoints = self.path / "endpoints.json"
 
     def branch(self, name: str) -> Path:
         """Everything one branch writes."""

@@ -17,6 +17,7 @@ from copd_megatron.observe.metrics import MetricsWriter
 from copd_megatron.observe.status import BranchStatus, State
 from copd_megatron.observe.timeline import Activity, Timeline
 from copd_megatron.rhythm import Step
+from copd_megatron.window import Window
 
 
 class Spokesman:
@@ -44,6 +45,10 @@ class Spokesman:
         """Wait until all branches have reached `point`."""
         with self.timeline.span("wait"):
             self._exchange.meet(point)
+
+    def window(self, point: str | None, step: int, wait_seconds: float) -> Window:
+        """The window of work that asks engines, which ends at `point`."""
+        return Window(self._exchange, point, step, wait_seconds)
 
     def write(self, step: int, cycle: int, phase: str, values: dict[str, Any]) -> None:
         """One line of metrics, with what the hardware says."""

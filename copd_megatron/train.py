@@ -28,9 +28,6 @@ def train(branch: Branch, rhythm: FixedRhythm) -> None:
             branch.begin(step)
             branch.meet_teachers()
             native = branch.grade(branch.rollouts(branch.own, branch.config.native_prompts))
-            cross = {
-                teacher: branch.score(teacher, branch.rollouts(teacher, branch.config.cross_prompts))
-                for teacher in branch.teachers
-            }
+            cross = branch.lessons(branch.config.cross_prompts)
             branch.update(native, cross)
             branch.settle()

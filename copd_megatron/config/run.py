@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from copd_megatron.config.branches import BranchConfig, DataConfig, Edge
+from copd_megatron.config.engines import RolloutConfig
 from copd_megatron.config.section import Section
 from copd_megatron.config.training import (
     CheckpointConfig,
@@ -17,7 +18,6 @@ from copd_megatron.config.training import (
     PrecisionConfig,
     RhythmConfig,
     RLConfig,
-    RolloutConfig,
     TeacherConfig,
 )
 from copd_megatron.errors import ConfigError
@@ -81,6 +81,8 @@ class RunConfig(Section):
             self.merge.recipe(names, self.seed)
         except ConfigError as error:
             raise ValueError(f"merge: {error}") from error
+        if self.rollout.engine == "sglang":
+            self._servers(names)
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.precision.max_tokens_per_microbatch:
             raise ValueError(
@@ -101,6 +103,24 @@ class RunConfig(Section):
                         f"branch {branch.name}"
                     )
         return self
+
+    def _servers(self, names: list[str]) -> None:
+        urls = self.rollout.sglang.urls
+        wanted = [*names, *(["base"] if self.log.kl_to_base else [])]
+        if urls and (missing := [name for name in wanted if not urls.get(name)]):
+            raise ValueError(
+                f"rollout.sglang.urls: no servers for {', '.join(missing)}; servers of the base are not needed with "
+                "log.kl_to_base = false"
+            )
+        if unknown := sorted(set(urls) - set(wanted)):
+            raise ValueError(f"rollout.sglang.urls: {', '.join(unknown)} is none of {', '.join(wanted)}")
+        if "base" in names:
+            raise ValueError("branches: with rollout.engine = sglang no branch can be called 'base'")
+        if self.teacher.refresh != "step":
+            raise ValueError(
+                "teacher.refresh = phase needs engines that keep old weights; SGLang servers have the newest: "
+                "use refresh = step, or the embedded engine"
+            )
 
     @property
     def edges(self) -> tuple[tuple[str, str], ...]:

@@ -88,23 +88,6 @@ class TeacherConfig(Section):
     """How long a branch waits for a peer before it stops."""
 
 
-class RolloutConfig(Section):
-    """Sampling."""
-
-    engine: Literal["embedded"] = "embedded"
-    """`embedded`: transformers' model in the branch's own process."""
-    max_new_tokens: int = Field(16_384, ge=1)
-    """Longest response; longer ones are cut and counted."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature; student and teacher are compared at the same one."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus sampling; log-probabilities stay those of the full vocabulary."""
-    top_k: int = Field(0, ge=0)
-    """Sample among the k likeliest only; 0 is off."""
-    max_rows: int = Field(512, ge=1)
-    """Sequences generated at once; bounds the embedded engine's memory."""
-
-
 class PrecisionConfig(Section):
     """Number formats of the policy, and what it keeps in memory."""
 
@@ -214,5 +197,7 @@ class LogConfig(Section):
     """Updates between two measurements of drift between the branches; phase ends are always measured."""
     probe_prompts: int = Field(64, ge=1)
     """Validation prompts per capability in such a measurement."""
+    kl_to_base: bool = True
+    """Measure KL(π_0 ‖ π_k) too; it takes a second engine with the base's weights."""
     tensorboard: bool = True
     """Write TensorBoard event files too."""

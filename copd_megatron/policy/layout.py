@@ -132,6 +132,15 @@ def broadcast_in_replica(value: Value | None) -> Value:
     return box[0]  # type: ignore[return-value]
 
 
+def gather_in_gang(value: Value) -> list[Value]:
+    """Every process's `value`, in the order of their ranks, on every process of the gang."""
+    if dist.get_world_size() == 1:
+        return [value]
+    gathered: list[Value] = [value] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def broadcast_in_gang(value: Value | None) -> Value:
     """Rank 0's `value` on every process of the gang; the others' own is ignored."""
     box = [value]

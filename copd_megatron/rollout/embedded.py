@@ -8,7 +8,8 @@ comes from a named seed and not from the process's generator; the logprob of eac
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,18 @@ class EmbeddedEngine:
         self._loader.load(named)
         self.version = version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: int,
+        finished: Callable[[int, Rollout], None] | None = None,
+    ) -> list[Rollout]:
         """`sampling.n` rollouts per prompt, the rollouts of one prompt next to each other, in the prompts' order.
 
-        A rollout depends on its prompt, its place in the list and `seed`, and up to rounding on nothing else.
-        Raises DataError for a prompt whose images do not fit its tokens or the model, ValueError for impossible
-        settings.
+        `finished` is told each of them, with its place, when all are there. A rollout depends on its prompt, its place
+        in the list and `seed`, and up to rounding on nothing else. Raises DataError for a prompt whose images do not
+        fit its tokens or the model, ValueError for impossible settings.
         """
         check_sampling(sampling)
         self._check(prompts)
@@ -86,7 +93,11 @@ class EmbeddedEngine:
             for place, ids, values, length in zip(places, tokens.tolist(), logprobs, lengths.tolist(), strict=True):
                 # A copy made outside inference mode: the trainer's graph cannot hold an inference tensor.
                 responses[place] = ids[:length], values[:length].clone()
-        return self._rollouts(prompts, responses, sampling)
+        rollouts = self._rollouts(prompts, responses, sampling)
+        if finished is not None:
+            for place, rollout in enumerate(rollouts):
+                finished(place, rollout)
+        return rollouts
 
     def score(self, rollouts: Sequence[Rollout], top_k: int, temperature: float) -> list[TeacherScores]:
         """Log-probabilities of the rollouts' own tokens and of the `top_k` likeliest, one result per rollout.
@@ -115,6 +126,17 @@ class EmbeddedEngine:
             for index, (logprobs, ids, top) in zip(indices, zip(*parts, strict=True), strict=True):
                 results[index] = TeacherScores(self.name, self.version, logprobs.clone(), ids.clone(), top.clone())
         return [results[index] for index in range(len(rollouts))]
+
+    def begin_scoring(self, top_k: int, temperature: float) -> Collected:
+        """Scores of rollouts that come one by one; computed together, when they are asked for."""
+        return Collected(self, top_k, temperature)
+
+    def counts(self) -> Counter[str]:
+        """Nothing happens to an engine that is part of this process."""
+        return Counter()
+
+    def close(self) -> None:
+        """Memory is all that it holds."""
 
     def _check(self, prompts: Iterable[Prompt]) -> None:
         if not self._loader.intact or self.version < 0:
@@ -147,6 +169,25 @@ class EmbeddedEngine:
             )
             for place, ((ids, logprobs), end, text) in enumerate(zip(responses, stopped, texts, strict=True))
         ]
+
+
+class Collected:
+    """Rollouts that wait for their scores."""
+
+    def __init__(self, engine: EmbeddedEngine, top_k: int, temperature: float) -> None:
+        self._engine = engine
+        self._top_k = top_k
+        self._temperature = temperature
+        self._rollouts: dict[int, Rollout] = {}
+
+    def add(self, place: int, rollout: Rollout) -> None:
+        """Let `rollout` wait, its scores to be the result at `place`."""
+        self._rollouts[place] = rollout
+
+    def results(self) -> list[TeacherScores]:
+        """All scores in the order of their places."""
+        rollouts = [self._rollouts[place] for place in sorted(self._rollouts)]
+        return self._engine.score(rollouts, self._top_k, self._temperature) if rollouts else []
 
 
 def _chunks(prompts: Sequence[Prompt], rows: Sequence[int], max_rows: int) -> Iterator[list[int]]:

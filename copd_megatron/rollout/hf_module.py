@@ -15,7 +15,7 @@ from copd_megatron.weights.families.qwen3_vl_moe import DOWN, GATE_UP
 from copd_megatron.weights.hf import read_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CLASSES = {
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
@@ -41,11 +41,8 @@ def open_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
         raise WeightsError(f"{model_dir}: the tokenizer cannot be read ({error})") from error
 
 
-def open_module(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that `model_dir` describes, ready for inference, with arbitrary weights.
-
-    Raises WeightsError if the folder has no config or describes a model that the engine cannot run.
-    """
+def open_config(model_dir: Path) -> PreTrainedConfig:
+    """The configuration of the model in a Hugging Face folder. Raises WeightsError for a family not in `CLASSES`."""
     declare_torchvision_schemas()
     import transformers
 
@@ -53,11 +50,21 @@ def open_module(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     name = CLASSES.get(str(content.get("model_type")))
     if name is None:
         raise WeightsError(
-            f"{model_dir / 'config.json'}: model_type is {content.get('model_type')!r}; the embedded engine runs "
-            f"{', '.join(map(repr, CLASSES))}; other models need a rollout server"
+            f"{model_dir / 'config.json'}: model_type is {content.get('model_type')!r}, expected one of "
+            f"{', '.join(map(repr, CLASSES))}"
         )
-    kind = getattr(transformers, name)
-    config = kind.config_class.from_dict(content)
+    return getattr(transformers, name).config_class.from_dict(content)
+
+
+def open_module(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that `model_dir` describes, ready for inference, with arbitrary weights.
+
+    Raises WeightsError if the folder has no config or describes a model that the engine cannot run.
+    """
+    config = open_config(model_dir)
+    import transformers
+
+    kind = getattr(transformers, CLASSES[config.model_type])
     if getattr(config.get_text_config(), "use_sliding_window", False):
         raise WeightsError(
             f"{model_dir / 'config.json'}: use_sliding_window is true, but the embedded engine attends to all tokens; "

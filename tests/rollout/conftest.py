@@ -7,62 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import (
-    CHARACTERS,
-    EXPERTS,
-    FRAMES,
-    IMAGE,
-    MERGE,
-    PATCH,
-    SPECIAL,
-    TEXT,
-    VIDEO,
-    VISION,
-    VISION_END,
-    save,
-)
+from tiny_models import CHARACTERS, FRAMES, IMAGE, MERGE, PATCH, SPECIAL, VISION, VISION_END, build_folder
 
-from copd_megatron.policy.platform import declare_torchvision_schemas
 from copd_megatron.rollout.types import Images, Prompt
-
-
-def build_folder(folder: Path, tied: bool, seed: int = 0, experts: bool = False) -> Path:
-    """A Qwen3-VL; with `experts`, in two of three layers."""
-    declare_torchvision_schemas()
-    import transformers
-
-    config = getattr(transformers, "Qwen3VLMoeConfig" if experts else "Qwen3VLConfig")(
-        text_config={
-            **TEXT,
-            **({key: value for key, value in EXPERTS.items() if key != "norm_topk_prob"} if experts else {}),
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [4, 2, 2],
-                "mrope_interleaved": True,
-            },
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 4,
-            "in_channels": 3,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": FRAMES,
-            "out_hidden_size": 48,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0],
-            "initializer_range": 0.2,
-        },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION,
-        vision_end_token_id=VISION_END,
-        tie_word_embeddings=tied,
-    )
-    return save(folder, config, seed)
 
 
 @pytest.fixture(scope="session")

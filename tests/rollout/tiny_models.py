@@ -50,12 +50,63 @@ def save(folder: Path, config: Any, seed: int = 0) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", additional_special_tokens=SPECIAL[2:]
-    ).save_pretrained(folder)
+    if hasattr(config, "vision_config"):
+        vision = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": FRAMES}
+        names = ("image_token", "video_token", "vision_bos_token", "vision_eos_token")
+        roles = dict(zip(names, ("<image>", "<video>", "<vision>", "</vision>"), strict=True))
+        transformers.Qwen3VLProcessor(
+            image_processor=transformers.Qwen2VLImageProcessor(**vision),
+            tokenizer=transformers.PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", extra_special_tokens=roles
+            ),
+            video_processor=transformers.Qwen3VLVideoProcessor(**vision),
+        ).save_pretrained(folder)
+    else:
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", additional_special_tokens=SPECIAL[2:]
+        ).save_pretrained(folder)
     kind = type(config).__name__.removesuffix("Config")
     task = "ForConditionalGeneration" if hasattr(config, "vision_config") else "ForCausalLM"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         getattr(transformers, kind + task)(config).float().save_pretrained(folder)
     return folder
+
+
+def build_folder(folder: Path, tied: bool, seed: int = 0, experts: bool = False) -> Path:
+    """A Qwen3-VL; with `experts`, in two of three layers."""
+    declare_torchvision_schemas()
+    import transformers
+
+    config = getattr(transformers, "Qwen3VLMoeConfig" if experts else "Qwen3VLConfig")(
+        text_config={
+            **TEXT,
+            **({key: value for key, value in EXPERTS.items() if key != "norm_topk_prob"} if experts else {}),
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [4, 2, 2],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "in_channels": 3,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": FRAMES,
+            "out_hidden_size": 48,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+            "initializer_range": 0.2,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=tied,
+    )
+    return save(folder, config, seed)

@@ -1,0 +1,149 @@
+"""A branch and the engines that it uses: its own, which it gives weights to, and its peers', which it asks.
+
+An embedded engine is part of the process and never lost. Servers can die; then the branch that they belong to hands
+its weights over once more, which all ranks of its gang take part in, and whatever was asked is asked again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from copd_megatron.actor import Actor
+from copd_megatron.config import RunConfig
+from copd_megatron.errors import CopdError, Interrupted
+from copd_megatron.policy import layout
+from copd_megatron.policy.trainer import Policy
+from copd_megatron.probe import Probe
+from copd_megatron.rollout.engine import EngineLost, RolloutEngine
+from copd_megatron.rollout.sglang.engine import SGLangEngine
+from copd_megatron.spokesman import Spokesman
+from copd_megatron.window import Order
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_HAND_OVERS = 5
+"""How often weights are handed over before the branch gives up on its engine."""
+
+
+class EngineGone(CopdError):
+    """An engine was lost and did not come back."""
+
+
+class Engines:
+    """Rank's view of the engines; `shared` says that peers ask the very engine that the branch samples from."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        policy: Policy,
+        actor: Actor | None,
+        probe: Probe | None,
+        spokesman: Spokesman | None,
+    ) -> None:
+        self.shared = config.rollout.engine == "sglang"
+        self._config = config
+        self._policy = policy
+        self._actor = actor
+        self._probe = probe
+        self._spokesman = spokesman
+        self._started = False
+
+    def hand_over(self) -> None:
+        """Give the policy's weights to the branch's engine. Raises EngineGone if it does not take them."""
+        if not self.shared:
+            self._give()
+            return
+        for _ in range(_HAND_OVERS):
+            # Every rank takes part in gathering the shards, and so has to know whether it is done again.
+            reasons = [reason for reason in layout.gather_in_gang(self._give()) if reason]
+            if not reasons:
+                self._started = True
+                return
+            log.warning("the hand-over of weights is done again: %s", reasons[0])
+        raise EngineGone(f"{_HAND_OVERS} hand-overs of weights have failed, at last: {reasons[0]}")
+
+    def ask(self, work: Callable[[], Result], point: str | None, step: int) -> Result:
+        """The result of `work`, which asks engines before update `step`.
+
+        With `point` it asks peers' too: all branches end it together, so that none changes the weights that another
+        still asks. Where an engine has lost its weights `work` is tried again when it has them back. Raises EngineGone
+        if it does not get them, Interrupted if the run is to stop meanwhile, PeerLost if a peer is gone.
+        """
+        if not self.shared:
+            return work()
+        wait_seconds = self._config.teacher.wait_seconds
+        window = self._spokesman.window(point, step, wait_seconds) if self._spokesman else None
+        results: list[Result] = []
+        order: Order = "try"
+        while order != "leave":
+            lost: set[str] = set()
+            if order != "wait" and not results:
+                try:
+                    results.append(work())
+                except EngineLost as error:
+                    log.warning("%s", error)
+                    lost.add(error.branch)
+            reports = layout.gather_in_gang((lost, bool(results)))
+            everywhere = {name for names, _ in reports for name in names}
+            done = all(ready for _, ready in reports)
+            order, reason = layout.broadcast_in_gang(window.order(everywhere, done) if window else None)
+            if order == "stop":
+                raise EngineGone(reason) if reason else Interrupted(f"stopped before update {step}")
+            if order == "renew":
+                self.hand_over()
+            if order != "wait":
+                for engine in self._asked():
+                    engine.renew()
+        return results[0]
+
+    def counts(self) -> dict[str, int]:
+        """What happened to engines since the last call, by the name of the metric."""
+        counts: dict[str, int] = {}
+        if self._actor is not None:
+            for name, count in self._actor.engine.counts().items():
+                counts[f"engine_{name}"] = count
+            for teacher in self._actor.teachers.values():
+                for name, count in teacher.engine.counts().items():
+                    counts[f"teacher_{name}"] = counts.get(f"teacher_{name}", 0) + count
+        return counts
+
+    def close(self) -> None:
+        """End the connections."""
+        if self._actor is not None:
+            self._actor.engine.close()
+        for engine in self._asked():
+            engine.close()
+
+    def _give(self) -> str | None:
+        """This rank's part of a hand-over; why it has failed, if it has."""
+        weights = self._policy.named_weights()
+        engine = self._actor.engine if self._actor is not None else None
+        try:
+            if engine is not None and not isinstance(engine, SGLangEngine):
+                engine.update_weights(weights, self._policy.version)
+            elif engine is not None and self._actor is not None and self._actor.sends:
+                engine.wait(self._config.rollout.sglang.start_seconds, every=not self._started)
+                engine.update_weights(weights, self._policy.version)
+            elif engine is not None:
+                engine.follow(self._policy.version)
+        except EngineLost as error:
+            return str(error)
+        finally:
+            for _ in weights:  # every rank takes part to the end
+                pass
+        return None
+
+    def _asked(self) -> Iterator[SGLangEngine]:
+        """Servers that belong to others: peers' and the base's."""
+        if self._probe is None:
+            return
+        asked: list[RolloutEngine] = [teacher.engine for teacher in self._probe.observed.values()]
+        if self._probe.base is not None:
+            asked.append(self._probe.base.engine)
+        for engine in asked:
+            if isinstance(engine, SGLangEngine):
+                yield engine

@@ -1,0 +1,122 @@
+"""One server and the connection to it: bounded requests in flight, clear errors, nothing logged that is secret."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import orjson
+
+from copd_megatron.errors import CopdError
+from copd_megatron.rollout.sglang.wire import BadReply
+
+_CONNECT_SECONDS = 10.0
+
+
+class EngineRefused(CopdError):
+    """A server understood the request and will not serve it; asking again would not help."""
+
+
+class ServerLost(Exception):
+    """The server cannot be reached, or does not answer."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of what is asked of one server."""
+
+    in_flight: int = 128
+    """Requests at a time; the others wait here."""
+    request_seconds: float = 1800.0
+    """Longest wait for one answer."""
+
+
+@dataclass(eq=False)
+class Server:
+    """One SGLang server at `url`, with the key that it wants, as this process sees it."""
+
+    url: str
+    key: str | None
+    limits: Limits
+    lost: str | None = None
+    """Why it is not asked any more, until it has been given weights again."""
+    waiting: int = 0
+    """Requests that are under way or queued for it."""
+    tensor_parallel: int | None = None
+    """Its tensor-parallel size, once it has been asked."""
+    sent: int = 0
+    received: int = 0
+    """Bytes of bodies."""
+    _session: aiohttp.ClientSession | None = None
+    _slots: asyncio.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._slots = asyncio.Semaphore(self.limits.in_flight)
+
+    async def post(self, path: str, body: dict[str, Any] | None = None, seconds: float | None = None) -> Any:
+        """The JSON answer. Raises ServerLost, BadReply (may be asked again) or EngineRefused."""
+        self.waiting += 1
+        try:
+            async with self._slots:
+                return await self._exchange("POST", path, body or {}, seconds or self.limits.request_seconds)
+        finally:
+            self.waiting -= 1
+
+    async def get(self, path: str, seconds: float) -> Any:
+        """The JSON answer to a question without a body; it does not queue. Raises as `post`."""
+        return await self._exchange("GET", path, None, seconds)
+
+    async def close(self) -> None:
+        """End the connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _exchange(self, method: str, path: str, body: dict[str, Any] | None, seconds: float) -> Any:
+        if self._session is None:
+            headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+            # No redirects are followed and no proxy is read from the environment: the key goes to this address alone.
+            connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
+            self._session = aiohttp.ClientSession(connector=connector, headers=headers)
+        data = None if body is None else orjson.dumps(body)
+        timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=_CONNECT_SECONDS)
+        self.sent += len(data or b"")
+        try:
+            async with self._session.request(
+                method,
+                self.url + path,
+                data=data,
+                headers={"Content-Type": "application/json"} if data else None,
+                timeout=timeout,
+                allow_redirects=False,
+            ) as response:
+                content = await response.read()
+                status = response.status
+        except TimeoutError as error:
+            raise ServerLost(f"{self.url}{path}: no answer within {seconds:g} s") from error
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
+            raise ServerLost(f"{self.url}{path}: {type(error).__name__}: {error}") from error
+        self.received += len(content)
+        return self._answer(path, status, content)
+
+    def _answer(self, path: str, status: int, content: bytes) -> Any:
+        excerpt = content[:500].decode(errors="replace")
+        if status in (401, 403):
+            raise EngineRefused(
+                f"{self.url}{path}: HTTP {status}: the server wants another API key; give the one that it was started "
+                "with (rollout.sglang.api_key_file, or the environment variable COPD_SGLANG_API_KEY)"
+            )
+        if 300 <= status < 500 and status != 429:
+            raise EngineRefused(f"{self.url}{path}: HTTP {status}: {excerpt}")
+        if status != 200:
+            raise BadReply(f"{self.url}{path}: HTTP {status}: {excerpt}")
+        if not content:
+            return None
+        try:
+            return orjson.loads(content)
+        except orjson.JSONDecodeError as error:
+            if path in ("/health", "/health_generate", "/flush_cache"):
+                return None  # they answer in plain words
+            raise BadReply(f"{self.url}{path}: not JSON: {error}: {excerpt[:100]!r}") from error

@@ -1,0 +1,34 @@
+"""`python -m copd_megatron.rollout.sglang.serve …` is `python -m sglang.launch_server …`, with or without a GPU.
+
+The processes that sglang spawns import this module again, and so get what it puts in place at import.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from copd_megatron.config.engines import KEY_VARIABLE
+from copd_megatron.rollout.sglang import stand_in
+from copd_megatron.run_lock import die_with_parent
+
+if not torch.cuda.is_available():
+    stand_in.install()
+
+
+def main(arguments: list[str]) -> None:
+    """Serve until the process is ended, or its parent is."""
+    die_with_parent()
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+
+    # As an argument of the command the key would be there for everyone on the machine to read.
+    if key := os.environ.pop(KEY_VARIABLE, None):
+        arguments = [*arguments, "--api-key", key]
+    run_server(prepare_server_args(arguments))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,227 @@
+"""What is said to a server, and how its answers are checked. No connection is known here.
+
+Tokens go and come as ids, never as text. A reply that is short, damaged or about something else is a `BadReply`:
+nothing of it is used. Facts about the replies (sglang 0.5.23): the first of the rows from `logprob_start_len` on is
+null; log-probabilities of prompts are at temperature 1, those of samples at the sampling temperature, over the whole
+vocabulary; top log-probabilities come as base64 of little-endian float32 and int32 when asked for.
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from copd_megatron.rollout.sglang import media
+from copd_megatron.rollout.types import Images, Prompt, Rollout, Sampling
+
+_SEED_BITS = 0x7FFFFFFF
+
+
+class BadReply(Exception):
+    """A server's answer that cannot be used; asking again may help."""
+
+
+class BlindServer(BadReply):
+    """The server answered without the prompt's images; asking again would not help."""
+
+
+class StaleServer(BadReply):
+    """The server answered with other weights than it should have; the message names them."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Facts about the model that requests and replies are checked with; `image` is None for a model of text alone."""
+
+    vocabulary: int
+    image: int | None
+    merge: int
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One response: `token_ids` and float32 `logprobs` [R]."""
+
+    token_ids: tuple[int, ...]
+    logprobs: torch.Tensor
+    finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """`logprobs` float32 [R] of given tokens; `top_ids` int64 and `top_logprobs` float32 [R, K], best first."""
+
+    logprobs: torch.Tensor
+    top_ids: torch.Tensor
+    top_logprobs: torch.Tensor
+
+
+def media_fields(prompt: Prompt, tokens: Tokens, version: str) -> dict[str, Any]:
+    """The part of a request that carries the prompt's images; the same for all its rollouts at `version`."""
+    if prompt.images is None:
+        return {}
+    offsets = _offsets(prompt.token_ids, prompt.images, tokens)
+    return {"image_data": [media.encode(prompt.images.pixel_values, prompt.images.grid_thw, offsets, version)]}
+
+
+def sampling_request(prompt: Prompt, images: dict[str, Any], sampling: Sampling, seed: int) -> dict[str, Any]:
+    """The body of `/generate` that samples one rollout; `images` are the prompt's `media_fields`."""
+    return {
+        "input_ids": list(prompt.token_ids),
+        **images,
+        "sampling_params": {
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "sampling_seed": seed & _SEED_BITS,
+        },
+        "return_logprob": True,
+    }
+
+
+def scoring_request(rollout: Rollout, images: dict[str, Any], top_k: int, tokens: Tokens) -> dict[str, Any]:
+    """The body of `/generate` that scores one rollout's tokens and samples nothing."""
+    prompt = rollout.prompt
+    return {
+        "input_ids": [*prompt.token_ids, *rollout.token_ids],
+        **images,
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": len(prompt.token_ids) - 1,
+        "top_logprobs_num": min(top_k, tokens.vocabulary),  # beyond the vocabulary the server's scheduler dies
+        "return_flat_raw_top_logprobs": True,
+        "return_flat_raw_top_logprobs_b64": True,
+    }
+
+
+def read_sample(reply: Any, prompt: Prompt, sampling: Sampling, version: str, tokens: Tokens) -> Sampled:
+    """One sampled response. Raises BadReply."""
+    meta = _meta(reply, len(prompt.token_ids), prompt, version, tokens)
+    ids = reply.get("output_ids")
+    pairs = meta.get("output_token_logprobs")
+    reason = (meta.get("finish_reason") or {}).get("type")
+    if not _ints(ids) or not isinstance(pairs, list) or len(pairs) != len(ids) or not ids:
+        raise BadReply(f"{_length(ids)} tokens with {_length(pairs)} log-probabilities")
+    try:
+        logprobs = np.array([pair[0] for pair in pairs], np.float32)
+        named = [pair[1] for pair in pairs]
+    except (TypeError, IndexError, ValueError) as error:
+        raise BadReply(f"log-probabilities cannot be read: {error}") from error
+    if named != ids or min(ids) < 0 or max(ids) >= tokens.vocabulary:
+        raise BadReply("log-probabilities are of other tokens than the response's")
+    if not np.isfinite(logprobs).all():
+        raise BadReply(f"a log-probability is {logprobs[~np.isfinite(logprobs)][0]}")
+    stop = set(sampling.stop_token_ids)
+    stopped = ids[-1] in stop
+    if reason == "stop" and not stopped:
+        raise BadReply(f"it ended at token {ids[-1]}, which is none of the stop tokens {sorted(stop)}")
+    if (
+        reason not in ("stop", "length")
+        or len(ids) > sampling.max_new_tokens
+        or any(token in stop for token in ids[:-1])
+        or not (stopped or len(ids) == sampling.max_new_tokens)
+    ):
+        raise BadReply(f"{len(ids)} of {sampling.max_new_tokens} tokens, ended by {reason!r}")
+    return Sampled(tuple(ids), torch.from_numpy(logprobs), "stop" if stopped else "length")
+
+
+def read_scores(reply: Any, rollout: Rollout, top_k: int, version: str, tokens: Tokens) -> Scored:
+    """The scores of `rollout`. Raises BadReply."""
+    prompt, response = rollout.prompt, rollout.token_ids
+    meta = _meta(reply, len(prompt.token_ids) + len(response), prompt, version, tokens)
+    rows = meta.get("input_token_logprobs")
+    count, k = len(response), min(top_k, tokens.vocabulary)
+    if not isinstance(rows, list) or len(rows) != count + 1:
+        raise BadReply(f"scores of {_length(rows)} tokens, expected {count + 1}")
+    try:
+        logprobs = np.array([row[0] for row in rows[1:]], np.float32)
+        named = [row[1] for row in rows[1:]]
+    except (TypeError, IndexError, ValueError) as error:
+        raise BadReply(f"scores cannot be read: {error}") from error
+    # The server replaces ids that its images' tokens might have, from the vocabulary's last one on, by 0.
+    if named != [0 if token >= tokens.vocabulary - 1 else token for token in response]:
+        raise BadReply("scores are of other tokens than the response's")
+    top, ids = _top(meta, count, k)
+    if np.isnan(logprobs).any() or np.isnan(top).any():
+        raise BadReply("a score is NaN")
+    if k and (ids.min(initial=0) < 0 or ids.max(initial=0) >= tokens.vocabulary):
+        raise BadReply(f"a top token lies outside the vocabulary of {tokens.vocabulary}")
+    return Scored(torch.from_numpy(logprobs), torch.from_numpy(ids), torch.from_numpy(top))
+
+
+def _top(meta: dict[str, Any], count: int, k: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Log-probabilities and ids [count, k] of the compact form."""
+    if k == 0:
+        return np.empty((count, 0), np.float32), np.empty((count, 0), np.int64)
+    name = "input_top_logprobs"
+    try:
+        if (meta[f"{name}_val_flat_b64_dtype"], meta[f"{name}_idx_flat_b64_dtype"]) != ("float32", "int32"):
+            raise BadReply("top log-probabilities are not float32 and int32")
+        values = np.frombuffer(b64decode(meta[f"{name}_val_flat_b64"], validate=True), "<f4")
+        ids = np.frombuffer(b64decode(meta[f"{name}_idx_flat_b64"], validate=True), "<i4")
+        null, shape = meta[f"{name}_null_prefix"], list(meta[f"{name}_shape"])
+        expected = [count + 1 - null, k]
+        if null not in (0, 1) or shape != expected or values.size != ids.size or values.size != expected[0] * k:
+            raise BadReply(f"top log-probabilities of shape {shape} behind {null}, expected [{count}, {k}] behind 1")
+    except BadReply:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadReply(f"top log-probabilities cannot be read: {type(error).__name__}: {error}") from error
+    keep = slice(1 - null, None)
+    return (
+        values.reshape(shape)[keep].astype(np.float32),
+        ids.reshape(shape)[keep].astype(np.int64),
+    )
+
+
+def _meta(reply: Any, length: int, prompt: Prompt, version: str, tokens: Tokens) -> dict[str, Any]:
+    """The reply's `meta_info`, if it is about these tokens, these images and these weights."""
+    meta = reply.get("meta_info") if isinstance(reply, dict) else None
+    if not isinstance(meta, dict):
+        raise BadReply("no meta_info")
+    if meta.get("prompt_tokens") != length:
+        raise BadReply(f"the server read {meta.get('prompt_tokens')} tokens, it was sent {length}")
+    seen, sent = meta.get("image_tokens") or 0, image_tokens(prompt, tokens)
+    if seen != sent:
+        raise BlindServer(
+            f"prompt {prompt.uid}: the server saw {seen} image tokens, the student {sent}; start the server with "
+            "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE=copd_megatron.rollout.sglang.processors (docs/sglang.md)"
+        )
+    spans = meta.get("weight_versions") or [{"version": meta.get("weight_version")}]
+    versions = {span.get("version") for span in spans}
+    if versions != {version}:
+        raise StaleServer(", ".join(sorted(map(str, versions))))
+    return meta
+
+
+def image_tokens(prompt: Prompt, tokens: Tokens) -> int:
+    """How many of the prompt's tokens stand for merged patches of its images."""
+    return 0 if prompt.images is None else int(prompt.images.grid_thw.prod(-1).sum()) // tokens.merge**2
+
+
+def _offsets(ids: Sequence[int | None], images: Images, tokens: Tokens) -> list[tuple[int, int]]:
+    """First and last place of each image's tokens."""
+    lengths = (images.grid_thw.prod(-1) // tokens.merge**2).tolist()
+    offsets: list[tuple[int, int]] = []
+    place = 0
+    for length in lengths:
+        place = ids.index(tokens.image, place)
+        offsets.append((place, place + length - 1))
+        place += length
+    return offsets
+
+
+def _ints(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+
+
+def _length(value: Any) -> str:
+    return str(len(value)) if isinstance(value, list) else f"no list of ({type(value).__name__})"

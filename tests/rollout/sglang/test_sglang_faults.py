@@ -1,0 +1,108 @@
+"""What a network and a failing server can do to an answer: nothing is lost, and nothing is silently wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import FaultyProxy
+from servers import KEY, RunningServer
+from tiny_models import END
+
+from copd_megatron.errors import CopdError
+from copd_megatron.rollout.engine import EngineLost
+from copd_megatron.rollout.sglang.client import Limits
+from copd_megatron.rollout.sglang.endpoints import Endpoints
+from copd_megatron.rollout.sglang.engine import SGLangEngine
+from copd_megatron.rollout.sglang.transport import SharedMemory
+from copd_megatron.rollout.types import Prompt, Rollout, Sampling
+from copd_megatron.weights.hf import HfFolder
+
+SAMPLING = Sampling(max_new_tokens=8, stop_token_ids=(END,), n=2)
+FAULTS = ["500", "reset", "cut", "garbage", "short", "nan", "other"]
+
+
+@pytest.fixture(scope="module")
+def proxy(server: RunningServer) -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(server.url)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(scope="module")
+def engine(proxy: FaultyProxy, folder: Path) -> Iterator[SGLangEngine]:
+    endpoints = Endpoints("text", "test", (proxy.url,), KEY)
+    engine = SGLangEngine("text", folder, endpoints, SharedMemory(1 << 20), Limits(request_seconds=5.0), attempts=4)
+    engine.update_weights(HfFolder(folder).tensors(), version=0)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def expected(engine: SGLangEngine, prompts: list[Prompt]) -> list[Rollout]:
+    return engine.generate(prompts, SAMPLING, seed=2)
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "hang"])
+def test_a_spoiled_sample_is_asked_for_again(
+    proxy: FaultyProxy, engine: SGLangEngine, prompts: list[Prompt], expected: list[Rollout], fault: str
+) -> None:
+    engine.counts()
+    proxy.plan = [fault, fault]
+    rollouts = engine.generate(prompts, SAMPLING, seed=2)
+    assert not proxy.plan
+    assert [rollout.token_ids for rollout in rollouts] == [rollout.token_ids for rollout in expected]
+    assert engine.counts()["retried"] == 2
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "hang"])
+def test_a_spoiled_score_is_asked_for_again(
+    proxy: FaultyProxy, engine: SGLangEngine, expected: list[Rollout], fault: str
+) -> None:
+    before = engine.score(expected, 3, 1.0)
+    engine.counts()
+    proxy.plan = [fault]
+    after = engine.score(expected, 3, 1.0)
+    assert not proxy.plan
+    for one, other in zip(before, after, strict=True):
+        assert one.logprobs.allclose(other.logprobs, atol=1e-5)
+        assert one.top_ids.shape == other.top_ids.shape
+    assert engine.counts()["retried"] == 1
+
+
+def test_a_server_that_never_makes_sense_is_given_up_with_its_words(
+    proxy: FaultyProxy, engine: SGLangEngine, prompts: list[Prompt]
+) -> None:
+    proxy.plan = ["nan"] * 1000
+    with pytest.raises(CopdError, match=r"4 answers in a row could not be used.*is nan"):
+        engine.generate(prompts[:1], SAMPLING, seed=2)
+    proxy.plan = []
+
+
+def test_a_teacher_that_saw_no_image_is_never_believed(
+    proxy: FaultyProxy, engine: SGLangEngine, expected: list[Rollout]
+) -> None:
+    with_image = [rollout for rollout in expected if rollout.prompt.images is not None][:1]
+    proxy.plan = ["deaf"]
+    with pytest.raises(CopdError, match=r"the server saw 0 image tokens, the student \d+"):
+        engine.score(with_image, 1, 1.0)
+    assert not proxy.plan
+
+
+@pytest.mark.parametrize("path", ["/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update"])
+@pytest.mark.parametrize("fault", ["500", "reset"])
+def test_a_hand_over_that_fails_is_no_hand_over(
+    proxy: FaultyProxy, engine: SGLangEngine, folder: Path, prompts: list[Prompt], path: str, fault: str
+) -> None:
+    version = max(engine.version, 0) + 1
+    proxy.path, proxy.plan = path, [fault]
+    with pytest.raises(EngineLost, match="the hand-over of weights failed"):
+        engine.update_weights(HfFolder(folder).tensors(), version)
+    assert not proxy.plan
+    proxy.path = "/generate"
+    assert engine.version == -1
+    with pytest.raises(EngineLost):
+        engine.generate(prompts[:1], SAMPLING, seed=2)
+    engine.update_weights(HfFolder(folder).tensors(), version)
+    assert engine.generate(prompts[:1], SAMPLING, seed=2)[0].policy_version == version

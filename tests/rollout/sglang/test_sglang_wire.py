@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from copd_megatron.rollout.sglang import wire
+from copd_megatron.rollout.types import Prompt, Rollout, Sampling
+
+TOKENS = wire.Tokens(vocabulary=20, image=4, merge=2)
+SAMPLING = Sampling(max_new_tokens=3, stop_token_ids=(1,), n=2)
+VERSION = "run/text/7"
+PROMPT = Prompt("p", "text", (8, 9, 10, 11), "", "exact", "")
+ROLLOUT = Rollout(PROMPT, (5, 6, 1), torch.zeros(3), "stop", 7, "")
+
+
+def sample_reply(ids: Any = (5, 6, 1), reason: str = "stop", **changes: Any) -> dict[str, Any]:
+    meta = {
+        "prompt_tokens": 4,
+        "weight_version": VERSION,
+        "weight_versions": [{"version": VERSION, "start": 0, "end": 3}],
+        "finish_reason": {"type": reason},
+        "output_token_logprobs": [[-0.5 * place, token, None] for place, token in enumerate(ids)],
+    }
+    return {"output_ids": list(ids), "meta_info": {**meta, **changes}}
+
+
+def base64(values: Any, dtype: Any) -> str:
+    return b64encode(np.asarray(values, dtype).tobytes()).decode()
+
+
+def score_reply(**changes: Any) -> dict[str, Any]:
+    meta = {
+        "prompt_tokens": 7,
+        "weight_version": VERSION,
+        "input_token_logprobs": [[None, 11, None], [-0.5, 5, None], [-1.5, 6, None], [-2.5, 1, None]],
+        "input_top_logprobs_val_flat_b64": base64([-0.5, -1, -0.1, -1.5, -0.2, -2.5], np.float32),
+        "input_top_logprobs_idx_flat_b64": base64([5, 2, 3, 6, 2, 1], np.int32),
+        "input_top_logprobs_val_flat_b64_dtype": "float32",
+        "input_top_logprobs_idx_flat_b64_dtype": "int32",
+        "input_top_logprobs_shape": [3, 2],
+        "input_top_logprobs_null_prefix": 1,
+    }
+    return {"output_ids": [], "meta_info": {**meta, **changes}}
+
+
+def read_sample(reply: Any) -> wire.Sampled:
+    return wire.read_sample(reply, PROMPT, SAMPLING, VERSION, TOKENS)
+
+
+def read_scores(reply: Any) -> wire.Scored:
+    return wire.read_scores(reply, ROLLOUT, 2, VERSION, TOKENS)
+
+
+def test_a_sample_is_read() -> None:
+    sampled = read_sample(sample_reply())
+    assert (sampled.token_ids, sampled.finish) == ((5, 6, 1), "stop")
+    assert sampled.logprobs.tolist() == [0.0, -0.5, -1.0]
+    assert sampled.logprobs.dtype == torch.float32
+    assert read_sample(sample_reply((5, 6, 7), "length")).finish == "length"
+    assert read_sample(sample_reply((5, 6, 1), "length")).finish == "stop"
+
+
+def test_scores_are_read() -> None:
+    scored = read_scores(score_reply())
+    assert scored.logprobs.tolist() == [-0.5, -1.5, -2.5]
+    assert scored.top_ids.tolist() == [[5, 2], [3, 6], [2, 1]]
+    assert scored.top_logprobs.tolist() == [
+        [-0.5, -1],
+        [pytest.approx(-0.1), -1.5],
+        [pytest.approx(-0.2), -2.5],
+    ]
+    assert scored.top_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (None, "no meta_info"),
+        ([], "no meta_info"),
+        ({"output_ids": [1]}, "no meta_info"),
+        (sample_reply(prompt_tokens=3), "the server read 3 tokens, it was sent 4"),
+        (sample_reply(image_tokens=2), "saw 2 image tokens, the student 0"),
+        (sample_reply(()), "0 tokens with 0"),
+        ({**sample_reply(), "output_ids": None}, "no list"),
+        ({**sample_reply(), "output_ids": [5, 6]}, "2 tokens with 3"),
+        ({**sample_reply(), "output_ids": [5, 7, 1]}, "other tokens"),
+        ({**sample_reply(), "output_ids": [5, "6", 1]}, "no list|tokens with"),
+        (sample_reply((5, 20, 1)), "other tokens"),
+        (sample_reply((5, -1, 1)), "other tokens"),
+        (sample_reply(output_token_logprobs=[[0.0, 5], [None, 6], [0.0, 1]]), "cannot be read|is nan"),
+        (sample_reply(output_token_logprobs=[[0.0, 5], [float("nan"), 6], [0.0, 1]]), "is nan"),
+        (sample_reply(output_token_logprobs=[[0.0, 5], [], [0.0, 1]]), "cannot be read"),
+        (sample_reply((5, 6), "abort"), "2 of 3 tokens, ended by 'abort'"),
+        (sample_reply((5, 6), "length"), "2 of 3 tokens"),
+        (sample_reply((5, 6, 7, 8), "length"), "4 of 3 tokens"),
+        (sample_reply((1, 6, 1)), "3 of 3 tokens"),
+        (sample_reply((5, 6, 7), "stop"), "ended at token 7, which is none of the stop tokens"),
+    ],
+)
+def test_a_sample_that_cannot_be_used_is_refused(reply: Any, reason: str) -> None:
+    with pytest.raises(wire.BadReply, match=reason):
+        read_sample(reply)
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (score_reply(prompt_tokens=4), "the server read 4 tokens, it was sent 7"),
+        (score_reply(input_token_logprobs=None), "scores of no list"),
+        (score_reply(input_token_logprobs=[[None, 11], [-0.5, 5]]), "scores of 2 tokens, expected 4"),
+        (score_reply(input_token_logprobs=[[None, 11], [-1, 5], [-1, 5], [-1, 1]]), "other tokens"),
+        (score_reply(input_token_logprobs=[[None, 11], [None, 5], [-1, 6], [-1, 1]]), "is NaN|cannot be read"),
+        (score_reply(input_token_logprobs=[[None, 11], [float("nan"), 5], [-1, 6], [-1, 1]]), "is NaN"),
+        (score_reply(input_top_logprobs_val_flat_b64=None), "cannot be read"),
+        (score_reply(input_top_logprobs_val_flat_b64="!!"), "cannot be read"),
+        (score_reply(input_top_logprobs_val_flat_b64=base64([-1.0], np.float32)), "expected"),
+        (score_reply(input_top_logprobs_idx_flat_b64=base64([5, 2, 3, 6, 2, 20], np.int32)), "outside the vocabulary"),
+        (score_reply(input_top_logprobs_val_flat_b64=base64([np.nan] * 6, np.float32)), "is NaN"),
+        (score_reply(input_top_logprobs_val_flat_b64_dtype="float16"), "not float32 and int32"),
+        (score_reply(input_top_logprobs_shape=[2, 3]), "of shape"),
+        (score_reply(input_top_logprobs_null_prefix=2), "behind 2"),
+    ],
+)
+def test_scores_that_cannot_be_used_are_refused(reply: Any, reason: str) -> None:
+    with pytest.raises(wire.BadReply, match=reason):
+        read_scores(reply)
+
+
+@pytest.mark.parametrize("read", [read_sample, read_scores])
+def test_answers_of_other_weights_are_told_from_the_rest(read: Callable[[Any], Any]) -> None:
+    reply = sample_reply if read is read_sample else score_reply
+    for changes in (
+        {"weight_version": "default", "weight_versions": None},
+        {"weight_versions": [{"version": VERSION}, {"version": "run/text/8"}]},
+    ):
+        with pytest.raises(wire.StaleServer):
+            read(reply(**changes))
+
+
+def test_the_last_id_of_the_vocabulary_comes_back_as_zero() -> None:
+    """sglang takes it for part of an image (tokenizer_manager.py); its score is right all the same."""
+    rollout = Rollout(PROMPT, (5, 19, 1), torch.zeros(3), "stop", 7, "")
+    reply = score_reply(input_token_logprobs=[[None, 11], [-0.5, 5], [-1.5, 0], [-2.5, 1]])
+    assert wire.read_scores(reply, rollout, 2, VERSION, TOKENS).logprobs.tolist() == [-0.5, -1.5, -2.5]
+
+
+def test_scores_without_top_tokens_and_with_the_whole_vocabulary() -> None:
+    assert wire.read_scores(score_reply(), ROLLOUT, 0, VERSION, TOKENS).top_ids.shape == (3, 0)
+    assert wire.scoring_request(ROLLOUT, {}, 1000, TOKENS)["top_logprobs_num"] == 20
+
+
+def test_scoring_begins_one_token_before_the_response() -> None:
+    request = wire.scoring_request(ROLLOUT, {}, 2, TOKENS)
+    assert request["input_ids"] == [8, 9, 10, 11, 5, 6, 1]
+    assert request["logprob_start_len"] == 3
+    assert request["sampling_params"]["max_new_tokens"] == 0
