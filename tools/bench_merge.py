@@ -37,7 +37,7 @@ import yaml
 
 from copd_megatron.files import write_atomic
 from copd_megatron.weights.hf import INDEX, HfFolder
-from copd_megatron.weights.merge.plan import shards_of
+from copd_megatron.weights.hf_shards import plan_shards
 from copd_megatron.weights.tensor_files import Form, TensorWriter
 
 BRANCHES = 3
@@ -83,7 +83,7 @@ def make(folder: Path, gigabytes: float) -> list[Path]:
     """The base and its branches, as folders of `SHARDS` shards of random values."""
     tensors, layers = forms(gigabytes)
     total = sum(form.nbytes for form in tensors.values())
-    shards = shards_of(tensors, math.ceil(total / SHARDS))
+    shards = plan_shards(dict(sorted(tensors.items())), math.ceil(total / SHARDS))
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
