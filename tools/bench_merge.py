@@ -3,11 +3,14 @@
     make bench-merge     (python tools/bench_merge.py --json docs/benchmarks/merge.json --gigabytes 1 4 12)
 
 Per size and method: branches of one base are made on the spot (bfloat16, in shards), merged by `copd merge` and by
-`mergekit-yaml` in processes of their own, turn and turn about, and their results compared; the first merge of each
-counts for that alone. Then the best of `--repeats` runs is taken: wall time from start to end of the process, Python's
-start included, and peak resident memory. The disk's cost is the time to read the inputs (and, for `ties`, the base)
-and to write as much as the output with plain preadv and pwrite, an fsync at the end; merging forces its output to disk
-too, mergekit does not. Inputs are in the page cache for everybody if memory is large enough to hold them.
+`mergekit-yaml` in processes of their own, turn and turn about, and their results compared. The best of `--repeats` runs
+is taken: wall time from start to end of the process, Python's start included, and peak resident memory. The disk's cost
+is the time to read the inputs (and, for `ties`, the base) and to write as much as the output with plain preadv and
+pwrite, an fsync at the end; merging forces its output to disk too, mergekit does not.
+
+Before each run everything is on disk and the inputs are out of the page cache, so that all read them from the disk;
+`--warm` leaves them in memory as far as they fit. CPU seconds (user and system, of all threads) tell more than wall
+time where others use the machine.
 
 The comparison allows one last place of bfloat16. For `ties` it leaves out what float32 cannot decide: changes as large
 as the threshold, of which methods keep different ones, and signs of sums that cancel out to rounding.
@@ -20,6 +23,7 @@ import json
 import math
 import os
 import platform as machine
+import resource
 import shutil
 import subprocess
 import sys
@@ -38,6 +42,7 @@ import yaml
 from copd_megatron.files import write_atomic
 from copd_megatron.weights.hf import INDEX, HfFolder
 from copd_megatron.weights.hf_shards import plan_shards
+from copd_megatron.weights.page_cache import give_back, in_memory
 from copd_megatron.weights.tensor_files import Form, TensorWriter
 
 BRANCHES = 3
@@ -156,8 +161,9 @@ def forms_of(folder: Path) -> dict[str, Form]:
 
 
 def run(command: Sequence[str], out: Path) -> dict[str, float]:
-    """Seconds and peak resident MiB of a command; SystemExit with its last words if it fails."""
+    """Seconds, CPU seconds and peak resident MiB of a command; SystemExit with its last words if it fails."""
     shutil.rmtree(out, ignore_errors=True)
+    spent = _cpu_of_children()
     threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
     with tempfile.TemporaryFile("w+") as words:
         began = time.perf_counter()
@@ -171,7 +177,13 @@ def run(command: Sequence[str], out: Path) -> dict[str, float]:
         if process.returncode:
             words.seek(0)
             raise SystemExit(f"bench_merge: {' '.join(command[:4])} … failed:\n{words.read()[-2000:]}")
-    return {"seconds": seconds, "peak_mib": peak / 1024}
+    return {"seconds": seconds, "cpu": _cpu_of_children() - spent, "peak_mib": peak / 1024}
+
+
+def _cpu_of_children() -> float:
+    """User and system seconds of processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _peak_kib(pid: int) -> int:
@@ -183,8 +195,22 @@ def _peak_kib(pid: int) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
-def disk(paths: Sequence[Path], out: Path) -> float:
-    """Seconds to read all weights of `paths` and to write as many bytes as one of them has."""
+def let_go(paths: Sequence[Path], warm: bool) -> float:
+    """Have everything on disk, and unless `warm` the weights of `paths` out of the page cache; the share that stays."""
+    os.sync()
+    shares = []
+    for file in (file for path in paths for file in sorted(path.glob("*.safetensors"))):
+        handle = os.open(file, os.O_RDONLY)
+        if not warm:
+            give_back(handle, 0, os.fstat(handle).st_size)
+        shares.append(in_memory(handle))
+        os.close(handle)
+    return sum(shares) / len(shares)
+
+
+def disk(paths: Sequence[Path], out: Path) -> dict[str, float]:
+    """Seconds and CPU seconds to read all weights of `paths` and to write as many bytes as one of them has."""
+    spent = time.process_time()
     buffer = memoryview(bytearray(BUFFER))
     began = time.perf_counter()
     for path in paths:
@@ -203,7 +229,7 @@ def disk(paths: Sequence[Path], out: Path) -> float:
             os.pwrite(handle, buffer[: min(BUFFER, size - start)], start)
         os.fsync(handle)
         os.close(handle)
-    return time.perf_counter() - began
+    return {"seconds": time.perf_counter() - began, "cpu": time.process_time() - spent}
 
 
 def compare(method: str, paths: Sequence[Path], one: Path, other: Path) -> dict[str, float]:
@@ -242,37 +268,43 @@ def compare(method: str, paths: Sequence[Path], one: Path, other: Path) -> dict[
     return {"elements": compared, "left_out": left_out}
 
 
-def bench(method: str, paths: Sequence[Path], folder: Path, repeats: int) -> dict[str, Any]:
+def bench(method: str, paths: Sequence[Path], folder: Path, repeats: int, warm: bool) -> dict[str, Any]:
     """Times, memory and ratios of one method."""
     outs = {"copd": folder / "copd", "mergekit": folder / "mergekit"}
     commands = {"copd": ours(method, paths, outs["copd"]), "mergekit": theirs(method, paths, outs["mergekit"])}
-    for who in commands:
-        run(commands[who], outs[who])
-    equality = compare(method, paths, outs["copd"], outs["mergekit"])
-    runs: dict[str, list[dict[str, float]]] = {who: [] for who in commands}
-    plain = []
+    runs: dict[str, list[dict[str, float]]] = {"copd": [], "mergekit": [], "disk": []}
+    in_cache = equality = None
     for _ in range(repeats):
         for who, command in commands.items():
+            in_cache = max(in_cache or 0.0, let_go(paths, warm))
             runs[who].append(run(command, outs[who]))
-        shutil.rmtree(outs["mergekit"])
-        plain.append(disk(paths if method == "ties" else paths[1:], folder / "plain"))
+        equality = equality or compare(method, paths, outs["copd"], outs["mergekit"])
+        for out in outs.values():
+            shutil.rmtree(out)
+        let_go(paths, warm)
+        runs["disk"].append(disk(paths if method == "ties" else paths[1:], folder / "plain"))
         shutil.rmtree(folder / "plain")
-    seconds = {who: min(one["seconds"] for one in results) for who, results in runs.items()}
-    peaks = {who: max(one["peak_mib"] for one in results) for who, results in runs.items()}
+    best = {
+        who: {"seconds": min(one["seconds"] for one in results), "cpu": min(one["cpu"] for one in results)}
+        for who, results in runs.items()
+    }
+    peaks = {who: max(one["peak_mib"] for one in runs[who]) for who in commands}
+    seconds = {who: facts["seconds"] for who, facts in best.items()}
     result = {
         "method": method,
         "compared": equality,
+        "in_page_cache_before": in_cache,
         "seconds": seconds,
+        "cpu_seconds": {who: facts["cpu"] for who, facts in best.items()},
         "peak_mib": peaks,
-        "disk_seconds": min(plain),
         "of_mergekit": seconds["copd"] / seconds["mergekit"],
-        "of_disk": seconds["copd"] / min(plain),
+        "of_disk": seconds["copd"] / seconds["disk"],
         "runs": runs,
     }
+    words = [f"{who} {facts['seconds']:.1f} s (CPU {facts['cpu']:.1f} s)" for who, facts in best.items()]
     print(
-        f"{method}: {seconds['copd']:.1f} s, {peaks['copd']:.0f} MiB; mergekit {seconds['mergekit']:.1f} s, "
-        f"{peaks['mergekit']:.0f} MiB; disk {min(plain):.1f} s; {result['of_mergekit']:.2f} of mergekit, "
-        f"{result['of_disk']:.2f} of the disk",
+        f"{method}: {', '.join(words)}; memory {peaks['copd']:.0f} MiB, mergekit {peaks['mergekit']:.0f} MiB; "
+        f"{result['of_mergekit']:.2f} of mergekit, {result['of_disk']:.2f} of the disk",
         flush=True,
     )
     return result
@@ -280,22 +312,24 @@ def bench(method: str, paths: Sequence[Path], folder: Path, repeats: int) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0], help="size of the base and of each branch")
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0], help="size of the branches together")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--warm", action="store_true", help="leave the inputs in the page cache")
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
     parser.add_argument("--json", type=Path, help="write the result here")
     given = parser.parse_args()
     sizes = []
-    for gigabytes in given.gigabytes:
+    for total in given.gigabytes:
+        gigabytes = total / BRANCHES
         with tempfile.TemporaryDirectory(dir=given.folder) as name:
             needed = gigabytes * 1e9 * (BRANCHES + 1 + 3)
             if (free := shutil.disk_usage(name).free) < needed:
                 raise SystemExit(f"bench_merge: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
             paths = make(Path(name), gigabytes)
-            print(f"{BRANCHES} branches of {gigabytes:g} GB", flush=True)
-            methods = [bench(method, paths, Path(name), given.repeats) for method in given.methods]
-            sizes.append({"gigabytes": gigabytes, "branches": BRANCHES, "methods": methods})
+            print(f"{BRANCHES} branches of {gigabytes:.3g} GB", flush=True)
+            methods = [bench(method, paths, Path(name), given.repeats, given.warm) for method in given.methods]
+            sizes.append({"gigabytes": total, "branches": BRANCHES, "warm": given.warm, "methods": methods})
     if given.json is not None:
         result = {
             "date": date.today().isoformat(),
