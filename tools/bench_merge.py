@@ -1,6 +1,7 @@
 """Merging beside mergekit, and beside what the disk costs.
 
-    make bench-merge     (python tools/bench_merge.py --json docs/benchmarks/merge.json --gigabytes 1 4 12)
+    make bench-merge     (python tools/bench_merge.py --gigabytes 1 4 12 --json docs/benchmarks/merge.json
+                                                      --doc docs/performance.md)
 
 Per size and method: branches of one base are made on the spot (bfloat16, in shards), merged by `copd merge` and by
 `mergekit-yaml` in processes of their own, turn and turn about, and their results compared. The best of `--repeats` runs
@@ -35,24 +36,18 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import doc_table
 import from_checkout  # noqa: F401 - makes the project importable
 import torch
 import yaml
+from bench_merge_models import BRANCHES, BUFFER, DENSITY, SHARDS, compare, make
 
 from copd_megatron.files import write_atomic
-from copd_megatron.weights.hf import INDEX, HfFolder
-from copd_megatron.weights.hf_shards import plan_shards
+from copd_megatron.weights.hf import HfFolder
+from copd_megatron.weights.hf_shards import forms_of
 from copd_megatron.weights.page_cache import give_back, in_memory
-from copd_megatron.weights.tensor_files import Form, TensorWriter
 
-BRANCHES = 3
-DENSITY = 0.2
-SHARDS = 4
-HIDDEN, INNER, VOCABULARY = 2048, 6144, 32768
 METHODS = ("linear", "ties")
-BUFFER = 2**20
-COMPARED = 50_000_000
-"""Elements of a comparison, the smallest tensors first: all of a small model, a part of a large one."""
 MERGEKIT = (
     "from copd_megatron.policy.platform import declare_torchvision_schemas as declare; declare(); "
     "from mergekit.scripts.run_yaml import main; main()"
@@ -60,77 +55,11 @@ MERGEKIT = (
 """mergekit imports transformers' models, which ask for operators of torchvision that a CPU installation lacks."""
 
 
-def forms(gigabytes: float) -> tuple[dict[str, Form], int]:
-    """Tensors of a Llama of about so many gigabytes in bfloat16, and its layers."""
-    layer = {
-        "input_layernorm.weight": (HIDDEN,),
-        "post_attention_layernorm.weight": (HIDDEN,),
-        "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-        "self_attn.k_proj.weight": (HIDDEN // 4, HIDDEN),
-        "self_attn.v_proj.weight": (HIDDEN // 4, HIDDEN),
-        "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-        "mlp.gate_proj.weight": (INNER, HIDDEN),
-        "mlp.up_proj.weight": (INNER, HIDDEN),
-        "mlp.down_proj.weight": (HIDDEN, INNER),
-    }
-    ends = {
-        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
-        "model.norm.weight": (HIDDEN,),
-        "lm_head.weight": (VOCABULARY, HIDDEN),
-    }
-    size = sum(math.prod(shape) for shape in layer.values()) * 2
-    layers = max(1, round((gigabytes * 1e9 - sum(math.prod(shape) for shape in ends.values()) * 2) / size))
-    shapes = ends | {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
-    return {name: Form(torch.bfloat16, shape) for name, shape in shapes.items()}, layers
-
-
-def make(folder: Path, gigabytes: float) -> list[Path]:
-    """The base and its branches, as folders of `SHARDS` shards of random values."""
-    tensors, layers = forms(gigabytes)
-    total = sum(form.nbytes for form in tensors.values())
-    shards = plan_shards(dict(sorted(tensors.items())), math.ceil(total / SHARDS))
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-    }
-    # Slices of long random rows: drawing every value anew would take longer than all merges.
-    source = torch.Generator().manual_seed(0)
-    period = 4 * BUFFER + 12_345
-    origin = 0.02 * torch.randn(period, generator=source)
-    rows = [origin] + [origin + 0.001 * torch.randn(period, generator=source) for _ in range(BRANCHES)]
-    paths = [folder / name for name in ("base", *(f"branch{number}" for number in range(1, BRANCHES + 1)))]
-    for path, row in zip(paths, rows, strict=True):
-        path.mkdir(parents=True)
-        values = torch.cat([row, row[:BUFFER]]).bfloat16()
-        (path / "config.json").write_text(json.dumps(config))
-        at = 0
-        for shard in shards:
-            writer = TensorWriter(path / shard.file, shard.forms)
-            for name, form in shard.forms.items():
-                for start in range(0, form.numel, BUFFER):
-                    size = min(BUFFER, form.numel - start)
-                    writer.write(name, start, values[at : at + size])
-                    at = (at + size) % period
-            writer.close()
-        if len(shards) > 1:
-            places = {name: shard.file for shard in shards for name in shard.forms}
-            (path / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}))
-    return paths
-
-
 def ours(method: str, paths: Sequence[Path], out: Path) -> list[str]:
     """The command of `copd merge`."""
     base, *branches = map(str, paths)
     options = ["--method", method, *(["--density", str(DENSITY)] if method == "ties" else [])]
-    shard = math.ceil(sum(form.nbytes for form in forms_of(paths[0]).values()) / SHARDS / 1e6)
+    shard = math.ceil(sum(form.nbytes for form in forms_of(HfFolder(paths[0])).values()) / SHARDS / 1e6)
     return [sys.executable, "-m", "copd_megatron.cli", "merge", *branches, "--base", base, "-o", str(out), *options,
             "--shard-megabytes", str(shard)]  # fmt: skip
 
@@ -149,15 +78,9 @@ def theirs(method: str, paths: Sequence[Path], out: Path) -> list[str]:
         description["base_model"] = str(paths[0])
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(description))
-    shard = math.ceil(sum(form.numel for form in forms_of(paths[0]).values()) / SHARDS)
+    shard = math.ceil(sum(form.numel for form in forms_of(HfFolder(paths[0])).values()) / SHARDS)
     return [sys.executable, "-c", MERGEKIT, str(file), str(out), "--no-copy-tokenizer", "--no-write-model-card",
             "--quiet", "--out-shard-size", str(shard), "--num-threads", str(os.cpu_count() or 1)]  # fmt: skip
-
-
-def forms_of(folder: Path) -> dict[str, Form]:
-    """Of a Hugging Face folder's tensors."""
-    model = HfFolder(folder)
-    return {name: Form(model.dtype(name), tuple(model.shape(name))) for name in model.names()}
 
 
 def run(command: Sequence[str], out: Path) -> dict[str, float]:
@@ -232,42 +155,6 @@ def disk(paths: Sequence[Path], out: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "cpu": time.process_time() - spent}
 
 
-def compare(method: str, paths: Sequence[Path], one: Path, other: Path) -> dict[str, float]:
-    """SystemExit if two merged folders differ by more than a last place; how much was compared."""
-    base, *branches = (HfFolder(path) for path in paths)
-    mine, found = HfFolder(one), HfFolder(other)
-    if mine.names() != found.names():
-        raise SystemExit(f"bench_merge: {one} and {other} hold other tensors")
-    compared = left_out = 0
-    for name in sorted(mine.names(), key=lambda name: (math.prod(mine.shape(name)), name)):
-        a, b = mine.tensor(name).float().view(-1), found.tensor(name).float().view(-1)
-        if compared and compared + len(a) > COMPARED:
-            break
-        sources = [branch.tensor(name).float().view(-1) for branch in branches]
-        decided = torch.ones(len(a), dtype=torch.bool)
-        if method == "ties":
-            start = base.tensor(name).float().view(-1)
-            total = torch.zeros(len(a))
-            size = torch.zeros(len(a))
-            for source in sources:
-                delta = source - start
-                keep = max(1, int(DENSITY * len(delta)))
-                threshold = delta.abs().kthvalue(len(delta) - keep + 1).values
-                decided &= delta.abs() != threshold
-                delta[delta.abs() < threshold] = 0.0
-                total += delta
-                size += delta.abs()
-            decided &= (total.abs() > 1e-5 * size) | (size == 0)
-            sources.append(start)
-        largest = torch.stack([source.abs() for source in (b, *sources)]).amax(0).clamp(min=1e-30)
-        wrong = ((a - b).abs() > torch.exp2(largest.log2().floor() - 7)) & decided
-        if bool(wrong.any()):
-            raise SystemExit(f"bench_merge: {method}: {int(wrong.sum())} of {len(a)} elements of {name} differ")
-        compared += len(a)
-        left_out += int((~decided).sum())
-    return {"elements": compared, "left_out": left_out}
-
-
 def bench(method: str, paths: Sequence[Path], folder: Path, repeats: int, warm: bool) -> dict[str, Any]:
     """Times, memory and ratios of one method."""
     outs = {"copd": folder / "copd", "mergekit": folder / "mergekit"}
@@ -310,6 +197,30 @@ def bench(method: str, paths: Sequence[Path], folder: Path, repeats: int, warm: 
     return result
 
 
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    facts = result["machine"]
+    state = "left in the page cache" if any(size["warm"] for size in result["sizes"]) else "read from the disk"
+    lines = [
+        f"{facts['cpu']}, {facts['cores']} cores, load {facts['load']:.1f} at the end; torch {result['torch']}; "
+        f"{result['date']}. Inputs {state}; best of {result['repeats']}. Seconds are wall time / CPU time.",
+        "",
+        "| three branches of | method | ours, s | mergekit, s | disk, s | of mergekit | of the disk "
+        "| our memory, MiB | mergekit's |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for size in result["sizes"]:
+        for row in size["methods"]:
+            times = (
+                f"{row['seconds'][who]:.1f} / {row['cpu_seconds'][who]:.1f}" for who in ("copd", "mergekit", "disk")
+            )
+            memory = (f"{row['peak_mib'][who]:,.0f}" for who in ("copd", "mergekit"))
+            ratios = (f"{row[of]:.2f}" for of in ("of_mergekit", "of_disk"))
+            cells = (f"{size['gigabytes'] / size['branches']:.2f} GB", row["method"], *times, *ratios, *memory)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0], help="size of the branches together")
@@ -318,6 +229,7 @@ def main() -> None:
     parser.add_argument("--warm", action="store_true", help="leave the inputs in the page cache")
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
     parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--doc", type=Path, help="write the table here, between the markers")
     given = parser.parse_args()
     sizes = []
     for total in given.gigabytes:
@@ -330,14 +242,18 @@ def main() -> None:
             print(f"{BRANCHES} branches of {gigabytes:.3g} GB", flush=True)
             methods = [bench(method, paths, Path(name), given.repeats, given.warm) for method in given.methods]
             sizes.append({"gigabytes": total, "branches": BRANCHES, "warm": given.warm, "methods": methods})
+    result = {
+        "date": date.today().isoformat(),
+        "machine": {"cpu": machine.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
+        "torch": torch.__version__,
+        "repeats": given.repeats,
+        "sizes": sizes,
+    }
+    print(f"\n{table(result)}")
     if given.json is not None:
-        result = {
-            "date": date.today().isoformat(),
-            "machine": {"cpu": machine.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
-            "torch": torch.__version__,
-            "sizes": sizes,
-        }
         write_atomic(given.json, json.dumps(result, indent=1) + "\n")
+    if given.doc is not None:
+        doc_table.put(given.doc, "merge", table(result))
 
 
 if __name__ == "__main__":
