@@ -71,8 +71,8 @@ class TensorReader:
             self._handle = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise WeightsError(f"{path}: cannot be opened ({error.strerror})") from error
+        self._foreign = in_memory(self._handle) < 0.5
         try:
-            self._foreign = in_memory(self._handle) < 0.5
             self.header_bytes, header = _read_header(path, self._handle)
             self.forms, self._starts = _check_header(path, header, os.fstat(self._handle).st_size - self.header_bytes)
         except BaseException:
@@ -100,6 +100,8 @@ class TensorReader:
     def close(self) -> None:
         """Close the file; nothing can be read any more."""
         if self._handle >= 0:
+            if self._foreign:
+                give_back(self._handle, 0, os.fstat(self._handle).st_size)  # what lies across the ends of tensors
             os.close(self._handle)
             self._handle = -1
 

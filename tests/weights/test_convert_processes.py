@@ -131,18 +131,20 @@ MEASURED = """
 import resource, sys
 from pathlib import Path
 from copd_megatron.weights import convert, megatron_writer
+from copd_megatron.weights.merge import folders, rows
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 
 root = Path(sys.argv[1])
-megatron_writer.MAPPED_BYTES = 2**24
+megatron_writer.MAPPED_BYTES = rows.AHEAD_BYTES = 2**24
 small, large = root / "small", root / "large"
 for folder in (small, large):
     if folder is large:
         before = peak()
     convert.to_megatron(folder, folder.with_suffix(".megatron"))
     convert.to_hf(folder.with_suffix(".megatron"), folder.with_suffix(".again"), max_shard_bytes=2**28)
+    folders.merge_folders([folder, folder.with_suffix(".megatron")], None, folder, megatron=folder.with_suffix(".merged"))
 print(peak() - before)
 """
 
@@ -187,5 +189,7 @@ def test_memory_does_not_grow_with_the_model(save_model: Callable[..., Path], tm
     grown = int(result.stdout)
     assert size > 350e6
     assert grown < 60e6, f"converting {size / 1e6:.0f} MB took {grown / 1e6:.0f} MB more than a small model"
-    again, before = HfFolder(tmp_path / "large.again"), HfFolder(tmp_path / "large")
+    convert.to_hf(tmp_path / "large.merged", tmp_path / "large.merged_again")
+    again, merged, before = (HfFolder(tmp_path / f"large{which}") for which in (".again", ".merged_again", ""))
     assert all(torch.equal(again.tensor(name), before.tensor(name)) for name in before.names())
+    assert all(torch.equal(merged.tensor(name), before.tensor(name)) for name in before.names())
