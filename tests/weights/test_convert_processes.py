@@ -144,7 +144,8 @@ for folder in (small, large):
         before = peak()
     convert.to_megatron(folder, folder.with_suffix(".megatron"))
     convert.to_hf(folder.with_suffix(".megatron"), folder.with_suffix(".again"), max_shard_bytes=2**28)
-    folders.merge_folders([folder, folder.with_suffix(".megatron")], None, folder, megatron=folder.with_suffix(".merged"))
+    inputs = [folder, folder.with_suffix(".megatron")]
+    folders.merge_folders(inputs, None, folder, megatron=folder.with_suffix(".merged"))
 print(peak() - before)
 """
 
