@@ -127,7 +127,8 @@ def started_crew() -> Iterator[Crew]:
         return
     store, rank, size = next(dist.rendezvous("env://"))
     store.set_timeout(LONGEST_SHARE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=LONGEST_SHARE)
+    group = dist.PrefixStore("group", store)
+    dist.init_process_group("gloo", store=group, rank=rank, world_size=size, timeout=LONGEST_SHARE)
     try:
         yield Crew(rank, size, dist.PrefixStore("crew", store))
     finally:

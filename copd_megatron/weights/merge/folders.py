@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -191,7 +191,7 @@ class _Job:
         labels = [source.label for source in self._merge.inputs]
         write_report(self._report, measured, self._merge.base.label, labels, self._merge.recipe)
 
-    def _first(self, work: Any) -> None:
+    def _first(self, work: Callable[[], object]) -> None:
         """Have the first process do something that the others wait for."""
         self._crew.together(lambda: work() if self._crew.rank == 0 else None)
 
