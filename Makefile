@@ -9,14 +9,15 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.ready-bench
 SEED ?= 0
 JOBS ?= 2
-GIGABYTES ?= 1
+GIGABYTES ?= 1 4 12
+REPEATS ?= 2
 
 # One thread per process: several processes share the cores, and more threads than cores cost far more than they give.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow test-all lint demo layouts bench bench-growth bench-merge clean
+.PHONY: help env test test-slow test-all lint demo layouts bench bench-growth bench-merge bench-export clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,7 +67,10 @@ bench-growth: env ## tokens per second and memory by processes and by length
 	$(BIN)/python tools/bench_growth.py --json docs/benchmarks/growth.json --doc docs/performance.md
 
 bench-merge: env ## merging beside mergekit, and beside what the disk costs (GIGABYTES="1 4 12")
-	$(BIN)/python tools/bench_merge.py --gigabytes $(GIGABYTES) --json docs/benchmarks/merge.json
+	$(BIN)/python tools/bench_merge.py --gigabytes $(GIGABYTES) --repeats $(REPEATS) --json docs/benchmarks/merge.json --doc docs/performance.md
+
+bench-export: env ## handing a live policy's weights to its engine: rate, and memory on each rank
+	$(BIN)/python tools/bench_export.py --json docs/benchmarks/export.json --doc docs/performance.md
 
 clean: ## remove .venv and caches; runs/ is kept
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

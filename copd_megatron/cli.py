@@ -82,7 +82,11 @@ def merge(
         list[Path], typer.Argument(help="Hugging Face folders, or Megatron distributed checkpoints, to merge.")
     ],
     base: Annotated[Path, typer.Option(help="The model they all come from; gives configuration and tokenizer.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Hugging Face folder to write.")] = None,
+    megatron: Annotated[
+        Path | None,
+        typer.Option(help="Megatron distributed checkpoint to write, instead of -o or from the same merge."),
+    ] = None,
     method: Annotated[
         str, typer.Option(help="linear, slerp, task, ties, dare_linear, dare_ties, multislerp or karcher.")
     ] = "linear",
@@ -105,14 +109,16 @@ def merge(
     trust: Annotated[
         bool, typer.Option(help="Read Megatron checkpoints without a valid manifest; their index can run code.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing output folder.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Merge models of one base into one; an interrupted merge goes on when it is started again.
+    """Merge models of one base into one, as a Hugging Face folder (-o), a Megatron checkpoint (--megatron) or both.
+
+    A merge into a folder that was interrupted goes on when it is started again.
 
     Under torchrun (`torchrun --nproc-per-node 4 --no-python copd merge ...`) the processes share the work.
     """
+    from copd_megatron.weights.crew import started_crew
     from copd_megatron.weights.merge.folders import merge_folders
-    from copd_megatron.weights.merge.gang import Gang
     from copd_megatron.weights.merge.recipe import Recipe
 
     recipe = Recipe(
@@ -126,24 +132,28 @@ def merge(
     )
     if report is not None and report.suffix != ".json":
         raise ConfigError(f"--report {report}: expected the name of a .json file; a picture is written beside it")
-    gang, console = Gang.from_environment(), Console()
+    console = Console()
     if not console.is_terminal:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-    merge_folders(
-        models,
-        out,
-        base,
-        recipe,
-        overwrite=overwrite,
-        max_shard_bytes=int(shard_megabytes * 1e6),
-        jobs=jobs,
-        report=report,
-        console=console,
-        gang=gang,
-        trust=trust,
-    )
-    if gang.rank == 0:
-        console.print(f"merged {len(models)} models into {out}")
+    with started_crew() as crew:
+        merge_folders(
+            models,
+            out,
+            base,
+            recipe,
+            overwrite=overwrite,
+            max_shard_bytes=int(shard_megabytes * 1e6),
+            jobs=jobs,
+            report=report,
+            console=console,
+            crew=crew,
+            trust=trust,
+            megatron=megatron,
+        )
+    if crew.rank == 0:
+        console.print(
+            f"merged {len(models)} models into {' and '.join(str(place) for place in (out, megatron) if place)}"
+        )
 
 
 @convert_app.command("to-megatron", epilog="Example: copd convert to-megatron base base_megatron")

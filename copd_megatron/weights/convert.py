@@ -12,32 +12,31 @@ configuration, tokenizer and processor under `hf/`, so that nothing else is need
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from math import lcm
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.filesize import decimal
 
 from copd_megatron.errors import WeightsError
 from copd_megatron.policy.layout import Layout
 from copd_megatron.weights.crew import ALONE, Crew, Failed
 from copd_megatron.weights.form import ModelForm
-from copd_megatron.weights.hf import SHARD_BYTES, HfFolder, copy_model_files, refuse_content, whole_folder
-from copd_megatron.weights.hf_shards import bytes_of, plan_shards, write_shards
+from copd_megatron.weights.hf import SHARD_BYTES, HfFolder, copy_model_files
+from copd_megatron.weights.hf_shards import forms_of, plan_shards, write_shards
 from copd_megatron.weights.mapping import check_names
 from copd_megatron.weights.megatron_source import HF_FILES, MARKER, MegatronSource
-from copd_megatron.weights.megatron_writer import plan_records, write_checkpoint
+from copd_megatron.weights.megatron_writer import Record, Rows, plan_records, rows_of, write_checkpoint
+from copd_megatron.weights.out_folder import open_place, refuse_small_disk, whole_folder
 from copd_megatron.weights.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 FORMATS = (torch.float32, torch.bfloat16)
 """What all tensors of a model of the policy can be."""
-SPARE_BYTES = 64 * 2**20
-"""What a folder may take beyond its tensors: indices, headers, tokenizer."""
 
 
 def to_megatron(
@@ -52,19 +51,49 @@ def to_megatron(
     does not know or that `layout` does not divide, neither all float32 nor all bfloat16, if the disk has too little
     room, or if `ckpt_dir` has content and `overwrite` is off.
     """
-    crew.together(lambda: refuse_content(ckpt_dir, MARKER, overwrite))
+    open_place(ckpt_dir, MARKER, overwrite, crew)
     source = crew.together(lambda: HfFolder(hf_dir))
-    form = crew.together(lambda: ModelForm(hf_dir, layout))
-    crew.together(lambda: _refuse_tensors(source, form))
-    records = crew.together(lambda: plan_records(source, form))
-    total = sum(record.nbytes for record in records)
-    crew.together(lambda: _refuse_small_disk(ckpt_dir, total))
-    mine = sum(records[number].nbytes for number in crew.share([record.nbytes for record in records]))
-    with _shared_folder(ckpt_dir, MARKER, overwrite, crew) as folder, Progress("converting", mine, crew) as progress:
-        write_checkpoint(source, records, folder, crew, progress.done)
-        crew.together(lambda: _copy_form(hf_dir, folder / HF_FILES) if crew.rank == 0 else None)
+    records = plan_megatron(source, crew, layout)
+    crew.together(lambda: refuse_small_disk({ckpt_dir: bytes_of(records)}))
+    write_megatron(source, records, ckpt_dir, overwrite, crew)
     if crew.rank == 0:
-        logger.info("wrote %s as a Megatron checkpoint (%s) to %s", hf_dir, decimal(total), ckpt_dir)
+        logger.info("wrote %s as a Megatron checkpoint (%s) to %s", hf_dir, decimal(bytes_of(records)), ckpt_dir)
+
+
+def plan_megatron(source: HfFolder, crew: Crew = ALONE, layout: Layout | None = None) -> list[Record]:
+    """What the Megatron checkpoint of a model like `source` holds. Collective; raises what `to_megatron` says."""
+    form = crew.together(lambda: ModelForm(source.path, layout))
+    crew.together(lambda: _refuse_tensors(source, form))
+    return crew.together(lambda: plan_records(source, form))
+
+
+def write_megatron(
+    source: HfFolder,
+    records: Sequence[Record],
+    ckpt_dir: Path,
+    overwrite: bool = False,
+    crew: Crew = ALONE,
+    rows: Rows | None = None,
+    console: Console | None = None,
+) -> None:
+    """Write `records` as a Megatron checkpoint with the configuration, tokenizer and processor of `source`.
+
+    The tensors are those of `rows`, by default of `source`. Collective; WeightsError, and nothing is changed, if one
+    process cannot write.
+    """
+    mine = sum(records[number].nbytes for number in crew.share([record.nbytes for record in records]))
+    what = "converting" if rows is None else "merging"
+    with (
+        _shared_folder(ckpt_dir, MARKER, overwrite, crew) as folder,
+        Progress(what, mine, crew, console or Console(stderr=True)) as progress,
+    ):
+        write_checkpoint(rows or rows_of(source), records, folder, crew, progress.done)
+        crew.together(lambda: _copy_form(source.path, folder / HF_FILES) if crew.rank == 0 else None)
+
+
+def bytes_of(records: Sequence[Record]) -> int:
+    """What the tensors of `records` take on disk."""
+    return sum(record.nbytes for record in records)
 
 
 def to_hf(
@@ -83,20 +112,20 @@ def to_hf(
     `MegatronSource`; WeightsError also if the disk has too little room, or if `hf_dir` has content and `overwrite` is
     off. With several processes in `crew`, each calls this and writes a share.
     """
-    crew.together(lambda: refuse_content(hf_dir, "config.json", overwrite))
+    open_place(hf_dir, "config.json", overwrite, crew)
     source = MegatronSource(ckpt_dir, base, trust, crew)
-    total = sum(bytes_of(source, name) for name in source.names())
-    crew.together(lambda: _refuse_small_disk(hf_dir, total))
+    shards = plan_shards(forms_of(source), max_shard_bytes)
+    sizes = [shard.nbytes for shard in shards]
+    total = sum(sizes)
+    crew.together(lambda: refuse_small_disk({hf_dir: total}))
     if crew.rank == 0 and (rows := source.padding()):
         logger.info("leaving out %d rows by which the vocabulary was padded", rows)
-    shards = plan_shards(source, max_shard_bytes)
-    sizes = [sum(bytes_of(source, name) for name in names) for names in shards]
     mine = sum(sizes[number] for number in crew.share(sizes))
     if crew.rank == 0 and (idle := crew.size - len(shards)) > 0:
         logger.info("%d processes have nothing to do; smaller shards would occupy them", idle)
     with (
         _shared_folder(hf_dir, "config.json", overwrite, crew) as folder,
-        Progress("converting", mine, crew) as progress,
+        Progress("converting", mine, crew, Console(stderr=True)) as progress,
     ):
         crew.together(lambda: copy_model_files(source.form, folder) if crew.rank == 0 else None)
         write_shards(source, shards, folder, crew, progress.done)
@@ -142,14 +171,3 @@ def _refuse_tensors(source: HfFolder, form: ModelForm) -> None:
     if len(formats) > 1 or not formats <= set(FORMATS):
         found, expected = ", ".join(sorted(map(str, formats))), " or ".join(map(str, FORMATS))
         raise WeightsError(f"{source.path}: tensors are {found}; expected all of them to be {expected}")
-
-
-def _refuse_small_disk(out: Path, total: int) -> None:
-    """WeightsError if `total` bytes of tensors do not fit beside what is at `out` now."""
-    folder = next(parent for parent in out.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < total + SPARE_BYTES:
-        raise WeightsError(
-            f"{out}: {decimal(total + SPARE_BYTES)} are needed, {folder} has {decimal(free)} left (what is overwritten "
-            "stays until the new folder is complete); make room or choose another place"
-        )

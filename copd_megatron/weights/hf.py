@@ -1,7 +1,7 @@
 """Hugging Face model folders, read and written tensor by tensor.
 
 Reading maps the files into memory, so a tensor costs nothing until it is used. Writing holds one shard at a time. A
-folder is written whole or not at all: into a temporary folder beside it, which is then renamed.
+folder is written whole or not at all (out_folder.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from copd_megatron.errors import WeightsError
-from copd_megatron.files import sync_folder, write_atomic
+from copd_megatron.files import write_atomic
 from copd_megatron.weights.families.qwen3_vl_moe import as_published
+from copd_megatron.weights.out_folder import whole_folder
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -174,49 +174,6 @@ def copy_model_files(source: str | os.PathLike[str], target: Path) -> None:
             shutil.copytree(file, target / name)
         elif file.exists():
             shutil.copyfile(file, target / name)
-
-
-@contextmanager
-def whole_folder(out: str | os.PathLike[str], marker: str, overwrite: bool) -> Iterator[Path]:
-    """Yield a temporary folder beside `out`; on success it takes the place of `out`, on failure it is removed.
-
-    Raises WeightsError if `out` has content, unless `overwrite`; and even then if `out` holds no file called `marker`,
-    because then it is something else than what would replace it.
-    """
-    target = Path(out).absolute()
-    refuse_content(out, marker, overwrite)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        sync_folder(temporary)
-        if target.exists():
-            target.rename(replaced)
-        temporary.rename(target)
-        sync_folder(target.parent)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{out}: could not be written ({error}); it is as it was before") from error
-    finally:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def refuse_content(out: str | os.PathLike[str], marker: str, overwrite: bool) -> None:
-    """Raise WeightsError if `whole_folder` would, before any work is done for it."""
-    target = Path(out)
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise WeightsError(f"{target}: is a file; expected a new or empty folder")
-    if not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise WeightsError(f"{target}: is not empty; choose another folder or allow overwriting")
-    if not (target / marker).is_file():
-        raise WeightsError(f"{target}: has no {marker}, so it is not a folder of this kind; it is left alone")
 
 
 def _shards(tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:

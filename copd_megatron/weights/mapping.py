@@ -152,7 +152,7 @@ def _shards(entry: Entry, parts: Sequence[Tensor], shapes: Sequence[tuple[int, .
 
 
 def _misfit(entry: Entry, parts: Sequence[Tensor], shape: tuple[int, ...], world: int) -> WeightsError:
-    shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in zip(entry.hf, parts, strict=True))
+    shapes = listed([f"{name} {list(part.shape)}" for name, part in zip(entry.hf, parts, strict=True)])
     whose = f"each of {entry.row.experts} experts'" if entry.row.experts else "whose"
     return WeightsError(
         f"{shapes}: does not fit the model, {whose} {entry.megatron[0]} is {list(shape)} "

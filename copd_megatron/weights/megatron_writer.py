@@ -1,4 +1,4 @@
-"""A Megatron distributed checkpoint ("torch_dist") from the tensors of a Hugging Face folder, row by row.
+"""A Megatron distributed checkpoint ("torch_dist") from Hugging Face tensors, row by row.
 
 What is written is what megatron-core's dist_checkpointing would save of the model: the same entries in the same parts,
 which any layout can load. Neither the model nor a process group of Megatron's is made. Several processes share the rows
@@ -59,6 +59,11 @@ class Record:
         """What it takes on disk. Nothing if it is another tensor's twin (tied embeddings)."""
         return prod(self.shape) * self.dtype.itemsize if self.place.entry.row.exported else 0
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The Hugging Face tensors that make it."""
+        return self.place.entry.hf if self.nbytes else ()
+
     def parts(self) -> Iterator[tuple[MetadataIndex, ChunkStorageMetadata, tuple[slice, ...]]]:
         """The parts in which it is kept: name, place in the checkpoint's tensor, and place in this one."""
         place = self.place
@@ -68,6 +73,25 @@ class Record:
             )
             where = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
             yield MetadataIndex(place.key, chunk.offsets), chunk, where
+
+
+Rows = Callable[[Sequence[Record]], Iterator[tuple[Record, list[torch.Tensor]]]]
+"""From records to each of them with its Hugging Face tensors, one after the other."""
+
+
+def rows_of(source: HfFolder) -> Rows:
+    """The tensors of a folder, of whose mapped files no more than `MAPPED_BYTES` stay in memory."""
+
+    def rows(records: Sequence[Record]) -> Iterator[tuple[Record, list[torch.Tensor]]]:
+        mapped = 0
+        for record in records:
+            yield record, [source.tensor(name) for name in record.names]
+            mapped += record.nbytes
+            if mapped > MAPPED_BYTES:
+                source.let_go()
+                mapped = 0
+
+    return rows
 
 
 def plan_records(source: HfFolder, form: ModelForm) -> list[Record]:
@@ -86,42 +110,39 @@ def plan_records(source: HfFolder, form: ModelForm) -> list[Record]:
 
 
 def write_checkpoint(
-    source: HfFolder, records: Sequence[Record], folder: Path, crew: Crew, done: Callable[[int], None]
+    rows: Rows, records: Sequence[Record], folder: Path, crew: Crew, done: Callable[[int], None]
 ) -> None:
-    """Write `records` to the empty `folder`, the manifest last. Collective.
+    """Write `records`, whose tensors are those of `rows`, to the empty `folder`, the manifest last. Collective.
 
     `done` is told the bytes of each tensor that has been written. WeightsError in every process if one cannot.
     """
     share = [records[number] for number in crew.share([record.nbytes for record in records])]
-    own = crew.together(lambda: _write_share(source, share, folder, crew.rank, done))
+    own = crew.together(lambda: _write_share(rows(share), folder, crew, done))
     results, files = zip(*crew.gathered(own), strict=True)
     everything = {name: entry for part in files for name, entry in part.items()}
     crew.together(lambda: _finish(folder, records, results, everything) if crew.rank == 0 else None)
 
 
 def _write_share(
-    source: HfFolder, records: Sequence[Record], folder: Path, rank: int, done: Callable[[int], None]
+    rows: Iterator[tuple[Record, list[torch.Tensor]]], folder: Path, crew: Crew, done: Callable[[int], None]
 ) -> tuple[list[WriteResult], Files]:
     """Write one process's files: where everything is, and the files' entries in a manifest."""
     results: list[WriteResult] = []
     files: Files = {}
-    mapped = 0
-    waiting = list(reversed(records))
-    while waiting:
-        with _summed(folder / f"__{rank}_{len(files)}.distcp") as file:
-            while waiting and file.size < FILE_BYTES:
-                record = waiting.pop()
-                results += _write_record(record, source, file)
-                done(record.nbytes)
-                mapped += record.nbytes
-                if mapped > MAPPED_BYTES:
-                    source.let_go()
-                    mapped = 0
+    row = next(rows, None)
+    while row is not None:
+        with _summed(folder / f"__{crew.rank}_{len(files)}.distcp") as file:
+            while row is not None and file.size < FILE_BYTES:
+                crew.check()
+                results += _write_record(*row, file)
+                done(row[0].nbytes)
+                row = None  # its memory is needed for the next
+                row = next(rows, None)
         files[file.name] = file.entry()
     return results, files
 
 
-def _write_record(record: Record, source: HfFolder, file: _Summed) -> Iterator[WriteResult]:
+def _write_record(record: Record, tensors: Sequence[torch.Tensor], file: _Summed) -> Iterator[WriteResult]:
     nothing = _serialised([None])
     for name in record.place.objects():
         start = file.size
@@ -129,7 +150,7 @@ def _write_record(record: Record, source: HfFolder, file: _Summed) -> Iterator[W
         yield file.result(MetadataIndex(name), start)
     if not record.nbytes:
         return
-    full = record.place.entry.row.joint.join([source.tensor(name) for name in record.place.entry.hf])
+    full = record.place.entry.row.joint.join(tensors)
     for index, chunk, where in record.parts():
         start = file.size
         # A copy: of a view torch would save all that it is a view of.

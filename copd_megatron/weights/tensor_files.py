@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from copd_megatron.errors import WeightsError
+from copd_megatron.weights.page_cache import give_back, in_memory
 
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 _METADATA = "__metadata__"
@@ -70,6 +71,7 @@ class TensorReader:
             self._handle = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise WeightsError(f"{path}: cannot be opened ({error.strerror})") from error
+        self._foreign = in_memory(self._handle) < 0.5
         try:
             self.header_bytes, header = _read_header(path, self._handle)
             self.forms, self._starts = _check_header(path, header, os.fstat(self._handle).st_size - self.header_bytes)
@@ -90,9 +92,16 @@ class TensorReader:
                 raise WeightsError(f"{self.path}: ends within tensor {name}; it was cut while it was read")
             view, offset = view[count:], offset + count
 
+    def forget(self, name: str) -> None:
+        """The tensor `name` need not stay in memory, unless much of the file was there when it was opened."""
+        if self._foreign:
+            give_back(self._handle, self.header_bytes + self._starts[name], self.forms[name].nbytes)
+
     def close(self) -> None:
         """Close the file; nothing can be read any more."""
         if self._handle >= 0:
+            if self._foreign:
+                give_back(self._handle, 0, os.fstat(self._handle).st_size)  # what lies across the ends of tensors
             os.close(self._handle)
             self._handle = -1
 
@@ -144,6 +153,10 @@ class TensorWriter:
             raise ValueError(f"{name}: {values.numel()} of {values.dtype} from {start} on do not fit into {form}")
         offset = len(self.header) + self._starts[name] + start * form.dtype.itemsize
         _write(self._handle, raw_bytes(values), offset)
+
+    def begin_sync(self, name: str) -> None:
+        """The tensor `name` is written: let it go to disk now, while others are being made."""
+        give_back(self._handle, len(self.header) + self._starts[name], self.forms[name].nbytes)
 
     def close(self, sync: bool = True) -> None:
         """Close the file, by default after forcing it to disk."""

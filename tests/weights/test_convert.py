@@ -31,7 +31,7 @@ from copd_megatron.weights import megatron_writer
 from copd_megatron.weights.convert import layout_of, to_hf, to_megatron
 from copd_megatron.weights.crew import ALONE, Crew
 from copd_megatron.weights.hf import HfFolder, write_folder
-from copd_megatron.weights.hf_shards import plan_shards, write_shards
+from copd_megatron.weights.hf_shards import forms_of, plan_shards, write_shards
 from copd_megatron.weights.progress import Progress
 
 
@@ -273,7 +273,7 @@ class Mixed:
 
 def test_tensors_of_several_formats_are_written_where_they_can_be_mapped(tmp_path: Path) -> None:
     written: list[int] = []
-    write_shards(Mixed(), [Mixed().names()], tmp_path, ALONE, written.append)
+    write_shards(Mixed(), plan_shards(forms_of(Mixed()), 100), tmp_path, ALONE, written.append)
     content = (tmp_path / "model.safetensors").read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
@@ -297,9 +297,12 @@ def test_large_checkpoints_lie_in_several_files(
 
 
 def test_shards_are_filled_in_order_up_to_their_limit() -> None:
-    assert plan_shards(Mixed(), 30) == [["a", "b"], ["c"]]
-    assert plan_shards(Mixed(), 32) == [["a", "b", "c"]]
-    assert plan_shards(Mixed(), 1) == [["a"], ["b"], ["c"]]
+    def planned(limit: int) -> list[str]:
+        return [f"{shard.file}: {' '.join(shard.forms)}" for shard in plan_shards(forms_of(Mixed()), limit)]
+
+    assert planned(30) == ["model-00001-of-00002.safetensors: a b", "model-00002-of-00002.safetensors: c"]
+    assert planned(32) == ["model.safetensors: a b c"]
+    assert [line[-1] for line in planned(1)] == ["a", "b", "c"]
 
 
 def test_shares_are_neighbours_of_about_equal_size() -> None:

@@ -67,7 +67,7 @@ def fail_on_one(base: Path, checkpoint: Path, root: Path) -> list[str]:
             def unreadable(self: Any, name: str) -> torch.Tensor:
                 raise OSError(5, "Input/output error", name)
 
-            megatron_writer._write_record = lambda record, source, file: unreadable(source, record.place.key)
+            megatron_writer._write_record = lambda record, tensors, file: unreadable(tensors, record.place.key)
             convert.MegatronSource.tensor = unreadable  # type: ignore[method-assign]
         for work in (
             lambda: convert.to_megatron(base, root / "out", crew=crew),
@@ -86,9 +86,12 @@ def test_error_of_one_process_ends_all_with_it(save_model: Callable[..., Path], 
     base = save_model(0)
     convert.to_megatron(base, tmp_path / "checkpoint")
     (tmp_path / "root").mkdir()
-    for told in gang.run(2, fail_on_one, base, tmp_path / "checkpoint", tmp_path / "root"):
+    for rank, told in enumerate(gang.run(2, fail_on_one, base, tmp_path / "checkpoint", tmp_path / "root")):
         assert len(told) == 3
-        assert all("out: could not be written (OSError: [Errno 5] Input/output error" in each for each in told[:2])
+        whose = "" if rank == 1 else "process 1: "
+        assert all(f"out: could not be written ({whose}OSError:" in each for each in told[:2])
+        assert all("OSError: [Errno 5] Input/output error" in each for each in told[:2])
+        assert told[2].startswith(whose)
         assert "absent1: is not a complete Megatron checkpoint" in told[2]
     assert list((tmp_path / "root").iterdir()) == []
 
@@ -118,24 +121,31 @@ def test_kill_leaves_nothing_half_done(
         assert list(tmp_path.glob(f".{out.name}.*.tmp/*.*"))  # it had begun
     assert not (tmp_path / "new").exists()
     assert files(tmp_path / old) == before
+    monkeypatch.undo()
+    for out in (tmp_path / "new", tmp_path / old):
+        (convert.to_megatron if direction == "to-megatron" else convert.to_hf)(source, out, overwrite=True)
+    assert not list(tmp_path.glob(".*"))
 
 
 MEASURED = """
 import resource, sys
 from pathlib import Path
 from copd_megatron.weights import convert, megatron_writer
+from copd_megatron.weights.merge import folders, rows
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 
 root = Path(sys.argv[1])
-megatron_writer.MAPPED_BYTES = 2**24
+megatron_writer.MAPPED_BYTES = rows.AHEAD_BYTES = 2**24
 small, large = root / "small", root / "large"
 for folder in (small, large):
     if folder is large:
         before = peak()
     convert.to_megatron(folder, folder.with_suffix(".megatron"))
     convert.to_hf(folder.with_suffix(".megatron"), folder.with_suffix(".again"), max_shard_bytes=2**28)
+    inputs = [folder, folder.with_suffix(".megatron")]
+    folders.merge_folders(inputs, None, folder, megatron=folder.with_suffix(".merged"))
 print(peak() - before)
 """
 
@@ -171,7 +181,8 @@ def test_memory_does_not_grow_with_the_model(save_model: Callable[..., Path], tm
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(form))
         source = Random(tmp_path / name)
-        hf_shards.write_shards(source, [source.names()], tmp_path / name, ALONE, lambda nbytes: None)
+        shards = hf_shards.plan_shards(hf_shards.forms_of(source), 10**10)
+        hf_shards.write_shards(source, shards, tmp_path / name, ALONE, lambda nbytes: None)
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
     result = subprocess.run(
         [sys.executable, "-c", MEASURED, str(tmp_path)], env=ENVIRONMENT, timeout=240, check=True, capture_output=True
@@ -179,5 +190,7 @@ def test_memory_does_not_grow_with_the_model(save_model: Callable[..., Path], tm
     grown = int(result.stdout)
     assert size > 350e6
     assert grown < 60e6, f"converting {size / 1e6:.0f} MB took {grown / 1e6:.0f} MB more than a small model"
-    again, before = HfFolder(tmp_path / "large.again"), HfFolder(tmp_path / "large")
+    convert.to_hf(tmp_path / "large.merged", tmp_path / "large.merged_again")
+    again, merged, before = (HfFolder(tmp_path / f"large{which}") for which in (".again", ".merged_again", ""))
     assert all(torch.equal(again.tensor(name), before.tensor(name)) for name in before.names())
+    assert all(torch.equal(merged.tensor(name), before.tensor(name)) for name in before.names())

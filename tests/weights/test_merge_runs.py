@@ -22,11 +22,12 @@ from rich.console import Console
 
 from copd_megatron import cli
 from copd_megatron.errors import WeightsError
+from copd_megatron.weights.crew import Crew
 from copd_megatron.weights.hf import HfFolder
-from copd_megatron.weights.merge import partial, work
+from copd_megatron.weights.hf_shards import plan_shards
+from copd_megatron.weights.merge import work
 from copd_megatron.weights.merge.folders import merge_folders
 from copd_megatron.weights.merge.partial import PartialFolder
-from copd_megatron.weights.merge.plan import shards_of, share
 from copd_megatron.weights.merge.recipe import METHODS, Recipe
 from copd_megatron.weights.merge.stream import BLOCK
 from copd_megatron.weights.tensor_files import Form, TensorWriter
@@ -70,8 +71,9 @@ def test_two_processes_of_torchrun_write_what_one_writes(tmp_path: Path) -> None
 def test_an_error_of_one_process_ends_all_with_that_error(tmp_path: Path) -> None:
     base, (first, second) = family(tmp_path, 2)
     sick = {name: tensor.clone() for name, tensor in HfFolder(second).tensors()}
-    shards = shards_of({name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in sick.items()}, SHARD)
-    name = next(iter(share(shards, 1, 2)[0].forms))  # of the second process
+    shards = plan_shards({name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in sick.items()}, SHARD)
+    second_share = Crew(1, 2).share([shard.nbytes for shard in shards])
+    name = next(iter(shards[second_share[0]].forms))
     sick[name].view(-1)[0] = math.nan
     save(second, sick)
     with socket.socket() as probe:
@@ -217,7 +219,7 @@ def test_a_model_that_is_not_finished_does_not_get_its_name(tmp_path: Path) -> N
     _kill(base, inputs, tmp_path / "out")
     forms = {name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in HfFolder(base).tensors()}
     with pytest.raises(ValueError, match="not finished: model-0000"):
-        PartialFolder(tmp_path / "out").complete(shards_of(forms, SHARD), base)
+        PartialFolder(tmp_path / "out").furnish(plan_shards(forms, SHARD), base)
     assert not (tmp_path / "out").exists()
 
 
@@ -238,7 +240,7 @@ def test_a_folder_that_cannot_take_its_name_leaves_the_old_one(tmp_path: Path, m
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
-    monkeypatch.setattr(partial.Path, "rename", refuse)
+    monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(WeightsError, match=r"could not be written .*; it is as it was before"):
         merge_folders(inputs[:1], tmp_path / "out", base, overwrite=True)
     assert content(tmp_path / "out") == before
@@ -255,7 +257,7 @@ def test_each_shard_has_a_line_in_the_log_and_a_terminal_a_bar(
     assert [any(record.getMessage().startswith(f"{name}: ") for record in caplog.records) for name in shards] == [
         True
     ] * len(shards)
-    assert f"{len(shards)} of {len(shards)} shards" in caplog.text
+    assert f"{len(shards)} of {len(shards)} files" in caplog.text
     bar = console.export_text()
     assert "merging" in bar
     assert "/s" in bar

@@ -1,9 +1,8 @@
-"""What is refused before any work is done: models that do not belong together, and disks that are too small."""
+"""What is refused before any work is done: models that do not belong together."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,17 +53,6 @@ def check_vocabularies(base: Path, inputs: Sequence[Path]) -> None:
                 f"{file}: its vocabulary differs from that of {reference} in {len(other)} tokens, such as "
                 f"{', '.join(map(repr, other[:5]))}; rows of the embeddings would not belong together"
             )
-
-
-def check_disk(folder: Path, needed: int) -> None:
-    """Raise WeightsError if less than `needed` bytes are free where `folder` is, or will be."""
-    folder = next(place for place in (folder, *folder.parents) if place.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise WeightsError(
-            f"{folder}: {needed / 1e9:.2f} GB are needed for the merged model, {free / 1e9:.2f} GB are free; "
-            "make room or choose another disk"
-        )
 
 
 def _check_architecture(base: Source, source: Source) -> None:

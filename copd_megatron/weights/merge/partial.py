@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,8 +26,9 @@ import xxhash
 
 from copd_megatron.errors import WeightsError
 from copd_megatron.files import sync_folder, write_atomic
-from copd_megatron.weights.hf import INDEX, SINGLE, copy_model_files
-from copd_megatron.weights.merge.plan import Shard
+from copd_megatron.weights.hf import copy_model_files
+from copd_megatron.weights.hf_shards import Shard, name_shards
+from copd_megatron.weights.out_folder import take_place
 from copd_megatron.weights.tensor_files import TensorReader, raw_bytes
 
 logger = logging.getLogger(__name__)
@@ -104,34 +104,21 @@ class PartialFolder:
             found |= json.loads((self._state / f"{shard.file}.json").read_text(encoding="utf-8"))
         return found
 
-    def complete(self, shards: list[Shard], like: Path) -> None:
-        """Add index, configuration, tokenizer and processor of the folder `like`, and take the place of `out`.
+    def furnish(self, shards: list[Shard], like: Path) -> None:
+        """Add index, configuration, tokenizer and processor of the folder `like`: from now on the folder can be read.
 
-        Raises ValueError, and leaves everything as it is, if a shard is not recorded as finished.
+        Raises ValueError if a shard is not recorded as finished.
         """
         if missing := [shard.file for shard in shards if not (self._state / f"{shard.file}.json").is_file()]:
             raise ValueError(f"{self.path}: not finished: {', '.join(missing)}")
         copy_model_files(like, self.path)
-        if len(shards) > 1:
-            places = {name: shard.file for shard in shards for name in shard.forms}
-            total = sum(shard.nbytes for shard in shards)
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-            write_atomic(self.path / INDEX, json.dumps(index, indent=2) + "\n")
-        elif shards[0].file != SINGLE:
-            raise ValueError(f"a single shard must be called {SINGLE}")
+        name_shards(self.path, shards)
         sync_folder(self.path)
-        replaced = self.out.with_name(f".{self.out.name}.{os.getpid()}.old")
+
+    def complete(self) -> None:
+        """Take the place of `out`."""
         shutil.rmtree(self._state)
-        if self.out.exists():
-            self.out.rename(replaced)
-        try:
-            self.path.rename(self.out)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(self.out)
-            raise
-        sync_folder(self.out.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        take_place(self.path, self.out)
 
 
 def _is_shard(file: Path) -> bool:

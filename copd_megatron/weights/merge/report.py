@@ -25,7 +25,7 @@ def write_report(
     `measured` has the result of `measure.measure` by tensor. Tensors outside layers are layers of their own.
     """
     layers: dict[str, list[dict[str, Any]]] = {}
-    for name, facts in measured.items():
+    for name, facts in sorted(measured.items()):
         layers.setdefault(layer_of(name), []).append(facts)
     tensors = {name: summary([facts]) for name, facts in sorted(measured.items())}
     content = {

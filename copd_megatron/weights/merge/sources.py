@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from copd_megatron.weights.crew import ALONE, Crew
 from copd_megatron.weights.families.qwen3_vl_moe import as_published
 from copd_megatron.weights.hf import HfFolder
 from copd_megatron.weights.tensor_files import Form, TensorReader
@@ -25,13 +26,16 @@ class Source(Protocol):
     """Its config.json."""
 
     def names(self) -> Collection[str]:
-        """Names of all tensors."""
+        """Names of all tensors, in the order in which reading them is cheapest."""
 
     def form(self, name: str) -> Form:
         """Number format and shape of a tensor."""
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` [n] with elements start … start + n of the flattened tensor."""
+
+    def forget(self, name: str) -> None:
+        """The tensor is not needed any more."""
 
     def identity(self) -> Any:
         """Something that can be written as JSON and changes when the model does."""
@@ -94,6 +98,11 @@ class FolderSource:
             self._lately.key = (name, number)
         matrix: torch.Tensor = self._lately.matrix
         return matrix
+
+    def forget(self, name: str) -> None:
+        """Let its pages leave memory, if they were not there before."""
+        self._lately.key = self._lately.matrix = None
+        self._of[name].forget(name)
 
     def identity(self) -> Any:
         """Path, and of each file its size, time of change and the checksum of its header."""
@@ -159,6 +168,10 @@ class WholeSource:
             self._lately.name = name
         out.copy_(self._lately.tensor[start : start + out.numel()])
 
+    def forget(self, name: str) -> None:
+        """Let go of it."""
+        self._lately.name = self._lately.tensor = None
+
     def identity(self) -> Any:
         """As given."""
         return self._identity
@@ -167,17 +180,18 @@ class WholeSource:
         """The model belongs to the caller."""
 
 
-def open_source(path: Path, base: Path | None = None, trust: bool = False) -> Source:
+def open_source(path: Path, base: Path | None = None, trust: bool = False, crew: Crew = ALONE) -> Source:
     """The model in the folder `path`: Hugging Face's safetensors, or a Megatron distributed checkpoint of any layout.
 
     Of the latter, `base` is the Hugging Face folder that gives the configuration if it has none of its own, and with
-    `trust` it is read without a valid manifest. Raises WeightsError if `path` is neither, or damaged, or not trusted.
+    `trust` it is read without a valid manifest, whose checksums the processes of `crew` share. Collective. Raises
+    WeightsError if `path` is neither, or damaged, or not trusted.
     """
     if not (path / "metadata.json").is_file() or (path / "config.json").exists():
-        return FolderSource(path)
+        return crew.together(lambda: FolderSource(path))
     from copd_megatron.weights.megatron_source import HF_FILES, MegatronSource
 
-    model = MegatronSource(path, None if (path / HF_FILES).is_dir() else base, trust)
+    model = MegatronSource(path, None if (path / HF_FILES).is_dir() else base, trust, crew)
     return WholeSource(str(path), model, model.config, _identity(path))
 
 

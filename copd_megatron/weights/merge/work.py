@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,14 +16,14 @@ from torch import Tensor
 
 from copd_megatron.errors import WeightsError
 from copd_megatron.randomness import generator
+from copd_megatron.weights.hf_shards import Shard
 from copd_megatron.weights.merge.measure import measure
 from copd_megatron.weights.merge.methods import METHODS, Terms
 from copd_megatron.weights.merge.partial import PartialFolder
-from copd_megatron.weights.merge.plan import Shard
-from copd_megatron.weights.merge.progress import MergeProgress
 from copd_megatron.weights.merge.recipe import Recipe
-from copd_megatron.weights.merge.sources import Source
+from copd_megatron.weights.merge.sources import Source, WholeSource
 from copd_megatron.weights.merge.stream import CHUNK, NotFinite, Stream, Workspace, order_of
+from copd_megatron.weights.progress import Progress
 from copd_megatron.weights.tensor_files import TensorWriter, raw_bytes
 
 
@@ -35,12 +37,18 @@ class Merge:
     measured: bool = False
     chunk: int = CHUNK
 
+    @cached_property
+    def order(self) -> Mapping[str, int]:
+        """The place of each tensor in the order in which reading them is cheapest."""
+        whole = next((source for source in self.inputs if isinstance(source, WholeSource)), self.inputs[0])
+        return {name: place for place, name in enumerate(whole.names())}
+
 
 def write_shards(
     merge: Merge,
     shards: Sequence[Shard],
     folder: PartialFolder,
-    progress: MergeProgress,
+    progress: Progress,
     jobs: int,
     go_on: Callable[[], None] = lambda: None,
 ) -> None:
@@ -49,11 +57,6 @@ def write_shards(
     `go_on` is called often, from any thread, and raises to stop the work.
     """
     stop = threading.Event()
-    own = threading.local()
-
-    def prepare() -> None:
-        torch.set_num_threads(1)
-        own.workspace = Workspace(merge.chunk)
 
     def proceed() -> None:
         if stop.is_set():
@@ -63,31 +66,48 @@ def write_shards(
     def work(shard: _OpenShard, name: str) -> None:
         try:
             proceed()
-            shard.take(name, lambda writer: _write_tensor(merge, name, writer, own.workspace, progress.add, proceed))
+            shard.take(name, lambda writer: _write_tensor(merge, name, writer, workspace(), progress.done, proceed))
         except BaseException:
             stop.set()
             raise
 
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(jobs, "merge", prepare)
     open_shards = [_OpenShard(shard, folder, progress) for shard in shards]
     try:
-        tasks: list[Future[None]] = [
-            pool.submit(work, shard, name)
-            for shard in open_shards
-            for name in sorted(shard.shard.forms, key=lambda name: (-shard.shard.forms[name].nbytes, name))
-        ]
-        wait(tasks, return_when=FIRST_EXCEPTION)
+        with merging_threads(jobs, merge.chunk) as (pool, workspace):
+            try:
+                tasks: list[Future[None]] = [
+                    pool.submit(work, shard, name)
+                    for shard in open_shards
+                    for name in sorted(shard.shard.forms, key=merge.order.__getitem__)
+                ]
+                wait(tasks, return_when=FIRST_EXCEPTION)
+            finally:
+                stop.set()
     finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
         for shard in open_shards:
             shard.abandon()
-        torch.set_num_threads(threads)
     # Only now: a thread that was stopped can have ended before the one whose error stopped it.
     errors = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
     for error in sorted(errors, key=lambda error: isinstance(error, _Stopped)):
         raise error
+
+
+@contextmanager
+def merging_threads(jobs: int, chunk: int) -> Iterator[tuple[ThreadPoolExecutor, Callable[[], Workspace]]]:
+    """Yield `jobs` threads, and what gives each its buffers. Torch computes within the thread that calls it."""
+    threads = torch.get_num_threads()
+    own = threading.local()
+
+    def prepare() -> None:
+        torch.set_num_threads(1)
+        own.workspace = Workspace(chunk)
+
+    pool = ThreadPoolExecutor(jobs, "merge", prepare)
+    try:
+        yield pool, lambda: own.workspace
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 class _Stopped(Exception):
@@ -97,7 +117,7 @@ class _Stopped(Exception):
 class _OpenShard:
     """A shard on its way: opened with its first tensor, recorded with its last."""
 
-    def __init__(self, shard: Shard, folder: PartialFolder, progress: MergeProgress) -> None:
+    def __init__(self, shard: Shard, folder: PartialFolder, progress: Progress) -> None:
         self.shard = shard
         self._folder = folder
         self._progress = progress
@@ -119,7 +139,7 @@ class _OpenShard:
             self._writer = None
         writer.close(sync=True)
         self._folder.record(self.shard, self._records)
-        self._progress.shard(self.shard)
+        self._progress.file(self.shard.file, self.shard.nbytes)
 
     def abandon(self) -> None:
         """Close the file if it is not finished."""
@@ -136,27 +156,39 @@ def _write_tensor(
     written: Callable[[int], None],
     go_on: Callable[[], None],
 ) -> dict[str, Any]:
-    """Merge the tensor `name`; returns its checksum and, if asked for, its measurements."""
+    """Merge the tensor `name` into a file; returns its checksum and what `merge_tensor` tells."""
+    summed = xxhash.xxh3_64()
+
+    def put(start: int, values: Tensor) -> None:
+        writer.write(name, start, values)
+        view = raw_bytes(values)
+        summed.update(view)
+        written(len(view))
+
+    facts = merge_tensor(merge, name, workspace, put, go_on)
+    writer.begin_sync(name)
+    return {"xxh3": summed.hexdigest(), **facts}
+
+
+def merge_tensor(
+    merge: Merge, name: str, workspace: Workspace, put: Callable[[int, Tensor], None], go_on: Callable[[], None]
+) -> dict[str, Any]:
+    """Merge the tensor `name`. `put` takes its slices: the first element's number, and values [n] in the base's format
+    which are valid until it returns. Returns `measured`, if asked for."""
     dtype = merge.base.form(name).dtype
     stream = Stream(name, merge.base, merge.inputs, workspace, go_on)
     averaged = dtype.is_floating_point
-    summed = xxhash.xxh3_64()
     start = 0
     try:
         for values in _merged(merge, stream) if averaged else _same(stream):
-            if averaged:
-                values = _rounded(stream, values, dtype)
-            writer.write(name, start, values)
-            view = raw_bytes(values)
-            summed.update(view)
+            put(start, _rounded(stream, values, dtype) if averaged else values)
             start += values.numel()
-            written(len(view))
-        record: dict[str, Any] = {"xxh3": summed.hexdigest()}
-        if merge.measured and averaged:
-            record["measured"] = measure(stream)
+        return {"measured": measure(stream)} if merge.measured and averaged else {}
     except NotFinite:
         raise _explanation(stream) from None
-    return record
+    finally:
+        for source in (merge.base, *merge.inputs):
+            source.forget(name)
 
 
 def _merged(merge: Merge, stream: Stream) -> Iterator[Tensor]:
@@ -175,8 +207,9 @@ def _merged(merge: Merge, stream: Stream) -> Iterator[Tensor]:
 def _rounded(stream: Stream, values: Tensor, dtype: torch.dtype) -> Tensor:
     """`values` in the base's format. Raises NotFinite if they do not fit into it, or are not finite themselves."""
     result = values if dtype == torch.float32 else stream.buffer("rounded", len(values), dtype).copy_(values)
-    # A sum is finite only if all summands are; it is much cheaper to take than a look at each.
-    if not bool(result.sum(dtype=torch.float32).isfinite()) and not bool(result.isfinite().all()):
+    # The sum of squares is as large as the largest square, and much cheaper to take than a look at each value.
+    largest = float(torch.dot(values, values))
+    if not largest < min(1e38, (torch.finfo(dtype).max / 2) ** 2) and not bool(result.isfinite().all()):
         raise NotFinite(f"tensor {stream.name}: merged values are not finite")
     return result
 
