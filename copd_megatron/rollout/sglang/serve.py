@@ -5,8 +5,10 @@ The processes that sglang spawns import this module again, and so get what it pu
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from typing import Any
 
 import torch
 
@@ -27,7 +29,22 @@ def main(arguments: list[str]) -> None:
     # As an argument of the command the key would be there for everyone on the machine to read.
     if key := os.environ.pop(KEY_VARIABLE, None):
         arguments = [*arguments, "--api-key", key]
+        _keep_out_of_logs(key)
     run_server(prepare_server_args(arguments))
+
+
+def _keep_out_of_logs(key: str) -> None:
+    """sglang logs all its settings when it starts."""
+    make = logging.getLogRecordFactory()
+
+    def redacted(*arguments: Any, **keywords: Any) -> logging.LogRecord:
+        record = make(*arguments, **keywords)
+        message = record.getMessage()
+        if key in message:
+            record.msg, record.args = message.replace(key, "…"), ()
+        return record
+
+    logging.setLogRecordFactory(redacted)
 
 
 if __name__ == "__main__":

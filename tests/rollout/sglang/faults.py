@@ -31,7 +31,7 @@ class FaultyProxy:
         self._session = ClientSession()
         application = web.Application(client_max_size=1 << 28)
         application.router.add_route("*", "/{tail:.*}", self._handle)
-        self._runner = web.AppRunner(application)
+        self._runner = web.AppRunner(application, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()

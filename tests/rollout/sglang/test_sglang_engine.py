@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -217,6 +218,7 @@ def test_nobody_meets_weights_of_two_versions(
     try:
         for version in range(first + 1, first + 51):
             engine.update_weights(weights[version % 2].items(), version=version)
+            time.sleep(0.1)  # or the requests would be under way for all the 50
     finally:
         over.set()
         reader.join()
