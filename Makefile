@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow test-all lint demo layouts bench bench-growth bench-merge bench-export clean
+.PHONY: help env test test-slow test-all lint demo layouts bench bench-growth bench-merge bench-export bench-engine clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ bench-merge: env ## merging beside mergekit, and beside what the disk costs (GIG
 
 bench-export: env ## handing a live policy's weights to its engine: rate, and memory on each rank
 	$(BIN)/python tools/bench_export.py --json docs/benchmarks/export.json --doc docs/performance.md
+
+bench-engine: env ## SGLang's engine beside the embedded one
+	$(BIN)/python tools/bench_engine.py --json docs/benchmarks/engine.json --doc docs/sglang.md
 
 clean: ## remove .venv and caches; runs/ is kept
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
