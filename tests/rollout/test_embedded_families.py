@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import EXPERTS, FRAMES, IMAGE, MERGE, PATCH, TEXT, VIDEO, VISION, VISION_END, save
+from tiny_models import IMAGE, VIDEO, config_of, save
 
 from copd_megatron.errors import DataError, WeightsError
 from copd_megatron.policy import layout as layouts
@@ -23,46 +23,6 @@ from copd_megatron.weights.hf import HfFolder, read_config
 END = 1  # of the model in conftest.py
 SAMPLED = Sampling(max_new_tokens=12, stop_token_ids=(END,), n=4)
 FAMILIES = ["qwen3", "qwen3_tied", "qwen3_moe", "qwen2_5_vl", "qwen2_5_vl_tied"]
-
-
-def config_of(family: str) -> Any:
-    import transformers
-
-    if family.startswith("qwen2_5_vl"):
-        return qwen2_5_vl(tied=family.endswith("tied"))
-    if family == "qwen3_moe":
-        return transformers.Qwen3MoeConfig(**TEXT, **EXPERTS)
-    return transformers.Qwen3Config(**TEXT, tie_word_embeddings=family.endswith("tied"))
-
-
-def qwen2_5_vl(tied: bool) -> Any:
-    """Windows are of 2 × 2 merged patches; images of `prompts` are larger."""
-    from transformers import Qwen2_5_VLConfig
-
-    return Qwen2_5_VLConfig(
-        text_config={
-            **{key: value for key, value in TEXT.items() if key != "head_dim"},
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 1]},
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 44,
-            "num_heads": 4,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": FRAMES,
-            "window_size": 2 * MERGE * PATCH,
-            "fullatt_block_indexes": [1],
-            "out_hidden_size": 48,
-            "initializer_range": 0.2,
-        },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION,
-        vision_end_token_id=VISION_END,
-        tie_word_embeddings=tied,
-    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

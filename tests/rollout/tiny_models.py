@@ -54,12 +54,14 @@ def save(folder: Path, config: Any, seed: int = 0) -> Path:
         vision = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": FRAMES}
         names = ("image_token", "video_token", "vision_bos_token", "vision_eos_token")
         roles = dict(zip(names, ("<image>", "<video>", "<vision>", "</vision>"), strict=True))
-        transformers.Qwen3VLProcessor(
+        family = "Qwen2_5_VL" if config.model_type == "qwen2_5_vl" else "Qwen3VL"
+        videos = "Qwen2VLVideoProcessor" if config.model_type == "qwen2_5_vl" else "Qwen3VLVideoProcessor"
+        getattr(transformers, f"{family}Processor")(
             image_processor=transformers.Qwen2VLImageProcessor(**vision),
             tokenizer=transformers.PreTrainedTokenizerFast(
                 tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", extra_special_tokens=roles
             ),
-            video_processor=transformers.Qwen3VLVideoProcessor(**vision),
+            video_processor=getattr(transformers, videos)(**vision),
         ).save_pretrained(folder)
     else:
         transformers.PreTrainedTokenizerFast(
@@ -110,3 +112,44 @@ def build_folder(folder: Path, tied: bool, seed: int = 0, experts: bool = False)
         tie_word_embeddings=tied,
     )
     return save(folder, config, seed)
+
+
+def config_of(family: str) -> Any:
+    """Of `qwen3`, `qwen3_tied`, `qwen3_moe`, `qwen2_5_vl` and `qwen2_5_vl_tied`."""
+    import transformers
+
+    if family.startswith("qwen2_5_vl"):
+        return qwen2_5_vl(tied=family.endswith("tied"))
+    if family == "qwen3_moe":
+        return transformers.Qwen3MoeConfig(**TEXT, **EXPERTS)
+    return transformers.Qwen3Config(**TEXT, tie_word_embeddings=family.endswith("tied"))
+
+
+def qwen2_5_vl(tied: bool) -> Any:
+    """Windows are of 2 × 2 merged patches; images of `prompts` are larger."""
+    from transformers import Qwen2_5_VLConfig
+
+    return Qwen2_5_VLConfig(
+        text_config={
+            **{key: value for key, value in TEXT.items() if key != "head_dim"},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 1]},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 44,
+            "num_heads": 4,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": FRAMES,
+            "window_size": 2 * MERGE * PATCH,
+            "fullatt_block_indexes": [1],
+            "out_hidden_size": 48,
+            "initializer_range": 0.2,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=tied,
+    )

@@ -1,0 +1,49 @@
+"""What we export loads in a server, for every family, and answers as transformers does; so do new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import END, build_folder, config_of, save
+
+from copd_megatron.rollout.embedded import EmbeddedEngine
+from copd_megatron.rollout.sglang.engine import SGLangEngine
+from copd_megatron.rollout.sglang.transport import SharedMemory
+from copd_megatron.rollout.types import Prompt, Sampling
+from copd_megatron.weights.convert import to_hf, to_megatron
+from copd_megatron.weights.hf import HfFolder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+GREEDY = Sampling(max_new_tokens=10, stop_token_ids=(END,), temperature=0.0)
+FAMILIES = ["qwen3_vl", "qwen3_vl_tied", "qwen3_vl_moe", "qwen3", "qwen3_moe", "qwen2_5_vl"]
+
+
+def model(folder: Path, family: str, seed: int) -> Path:
+    if family.startswith("qwen3_vl"):
+        return build_folder(folder, tied=family.endswith("tied"), seed=seed, experts=family.endswith("moe"))
+    return save(folder, config_of(family), seed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_folder_serves(
+    tmp_path: Path, start_server: Callable[..., Any], prompts: list[Prompt], family: str
+) -> None:
+    first, second = model(tmp_path / "first", family, 1), model(tmp_path / "second", family, 2)
+    to_megatron(first, tmp_path / "checkpoint")
+    to_hf(tmp_path / "checkpoint", tmp_path / "exported")
+    asked = prompts if "vl" in family else [prompt for prompt in prompts if prompt.images is None]
+    with start_server(tmp_path / "exported") as server:
+        engine = SGLangEngine("text", tmp_path / "exported", server.endpoints("text"), SharedMemory(1 << 18))
+        for version, folder in enumerate([first, second]):
+            engine.update_weights(HfFolder(folder).tensors(), version)
+            embedded = EmbeddedEngine("text", folder)
+            ours, theirs = engine.generate(asked, GREEDY, 0), embedded.generate(asked, GREEDY, 0)
+            assert [rollout.token_ids for rollout in ours] == [rollout.token_ids for rollout in theirs]
+            for one, other in zip(engine.score(ours, 3, 1.0), embedded.score(ours, 3, 1.0), strict=True):
+                torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-4)
+        engine.close()
