@@ -13,6 +13,7 @@ from copd_megatron.actor import Actor, Teacher
 from copd_megatron.branch import Branch
 from copd_megatron.checkpointer import Checkpointer
 from copd_megatron.config import RunConfig
+from copd_megatron.config.engines import SGLangConfig
 from copd_megatron.data.capability import Capability, first, open_capability
 from copd_megatron.data.prompts import PromptBuilder, load_processor, stop_token_ids
 from copd_megatron.data.sampler import Sampler
@@ -29,10 +30,12 @@ from copd_megatron.resume import State, own_streams
 from copd_megatron.rewards.pool import RewardPool
 from copd_megatron.rollout.embedded import EmbeddedEngine
 from copd_megatron.rollout.engine import RolloutEngine
+from copd_megatron.rollout.sglang.broadcast import Broadcast
 from copd_megatron.rollout.sglang.client import Limits
 from copd_megatron.rollout.sglang.endpoints import BASE, read_endpoints
 from copd_megatron.rollout.sglang.engine import SGLangEngine
-from copd_megatron.rollout.sglang.transport import SharedMemory
+from copd_megatron.rollout.sglang.shared_memory import SharedMemory
+from copd_megatron.rollout.sglang.transport import Transport
 from copd_megatron.rollout.types import Prompt, Sampling
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
@@ -173,13 +176,20 @@ def _engines(config: RunConfig, folder: RunFolder, own: str) -> Callable[[str], 
     limits = Limits(settings.in_flight, settings.request_seconds)
 
     def open_engine(owner: str) -> SGLangEngine:
-        transport = SharedMemory(settings.bucket_mib << 20) if owner == own else None
+        transport = _transport(settings) if owner == own else None
         engine = SGLangEngine(owner, config.base, endpoints[owner], transport, limits, settings.attempts)
         if owner == BASE:
             engine.follow(0)
         return engine
 
     return open_engine
+
+
+def _transport(settings: SGLangConfig) -> Transport:
+    size = settings.bucket_mib << 20
+    if settings.transport == "broadcast":
+        return Broadcast(size, settings.address or settings.host)
+    return SharedMemory(size)
 
 
 def _probe_prompts(capability: Capability, builder: PromptBuilder, count: int) -> list[Prompt]:

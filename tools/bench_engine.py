@@ -45,7 +45,7 @@ from copd_megatron.rollout.sglang.client import Limits, Server
 from copd_megatron.rollout.sglang.endpoints import read_endpoints
 from copd_megatron.rollout.sglang.engine import SGLangEngine
 from copd_megatron.rollout.sglang.fleet import Fleet
-from copd_megatron.rollout.sglang.transport import SharedMemory
+from copd_megatron.rollout.sglang.shared_memory import SharedMemory
 from copd_megatron.rollout.types import Prompt, Sampling
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.weights.hf import HfFolder

@@ -45,6 +45,11 @@ class SGLangConfig(Section):
     """Longest wait for a server to start, or to be there again."""
     max_restarts: int = Field(3, ge=0)
     """How often one of the run's own servers is started again before the run stops."""
+    transport: Literal["shared_memory", "broadcast"] = "shared_memory"
+    """Way of the weights to the servers: `shared_memory` where they run on the host of their branch's rank 0,
+    `broadcast` (NCCL, gloo) anywhere."""
+    address: str | None = None
+    """For `broadcast`: address at which servers reach rank 0; default `host`."""
     bucket_mib: int = Field(256, ge=1)
     """Weights handed over at a time (MiB)."""
 

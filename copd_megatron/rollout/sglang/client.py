@@ -42,6 +42,8 @@ class Server:
     limits: Limits
     lost: str | None = None
     """Why it is not asked any more, until it has been given weights again."""
+    lost_since_joined: bool = False
+    """Whether it was lost since it joined a process group (broadcast.py)."""
     waiting: int = 0
     """Requests that are under way or queued for it."""
     tensor_parallel: int | None = None

@@ -70,6 +70,7 @@ class Pool:
         if server.lost is None:
             self.counts["lost"] += 1
             server.lost = reason
+            server.lost_since_joined = True
 
     def usable(self) -> list[Server]:
         """The servers that may be asked. Raises EngineLost if there is none."""

@@ -14,6 +14,7 @@ import os
 import sys
 import types
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ _WORD = 0xFFFFFFFF
 _operators = torch.library.Library("sgl_kernel", "FRAGMENT")
 
 
+@cache
 def install() -> None:
     """Make sglang's CPU engine importable in this process. Does nothing where `sgl_kernel` is installed."""
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")

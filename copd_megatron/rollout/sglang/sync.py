@@ -32,10 +32,14 @@ def hand_over(pool: Pool, named: Iterable[tuple[str, torch.Tensor]], label: str,
     update = _Update(pool, transport)
     rest = iter(named)
     try:
-        update.everywhere(_begin)
+        transport.open()
+        update.everywhere(_pause)
+        update.everywhere(transport.begin)
         for bucket in buckets(rest, transport.bucket_bytes):
             update.send(bucket)
-        update.everywhere(_end(label))
+        transport.close()
+        update.everywhere(transport.end)
+        update.everywhere(_named(label))
         update.check(label)
         update.everywhere(_continue)
     except EngineLost:
@@ -114,18 +118,12 @@ def _different(found: list[dict[str, str]], known: list[dict[str, str]], shown: 
     ][:shown]
 
 
-async def _begin(server: Server) -> None:
+async def _pause(server: Server) -> None:
     await server.post("/pause_generation", {"mode": "retract"}, STEP_SECONDS)
-    try:
-        succeeded(await server.post("/begin_weight_update", None, STEP_SECONDS))
-    except EngineRefused:  # an earlier hand-over has not come to its end
-        succeeded(await server.post("/end_weight_update", None, STEP_SECONDS))
-        succeeded(await server.post("/begin_weight_update", None, STEP_SECONDS))
 
 
-def _end(label: str) -> Callable[[Server], Awaitable[None]]:
-    async def end(server: Server) -> None:
-        succeeded(await server.post("/end_weight_update", None, STEP_SECONDS))
+def _named(label: str) -> Callable[[Server], Awaitable[None]]:
+    async def name(server: Server) -> None:
         await server.post("/flush_cache", None, STEP_SECONDS)
         succeeded(
             await server.post(
@@ -133,7 +131,7 @@ def _end(label: str) -> Callable[[Server], Awaitable[None]]:
             )
         )
 
-    return end
+    return name
 
 
 async def _checksums(server: Server) -> Any:

@@ -1,17 +1,12 @@
-"""Ways of a bucket of tensors to a server: through memory that both share, over a process group, or through files."""
+"""How weights travel to a server: what all ways have in common."""
 
 from __future__ import annotations
 
-import base64
-import io
-import math
-from multiprocessing.reduction import ForkingPickler
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.multiprocessing
 
-from copd_megatron.rollout.sglang.client import Server
+from copd_megatron.rollout.sglang.client import EngineRefused, Server
 from copd_megatron.rollout.sglang.wire import BadReply
 
 Bucket = list[tuple[str, torch.Tensor]]
@@ -19,57 +14,42 @@ Bucket = list[tuple[str, torch.Tensor]]
 STEP_SECONDS = 300.0
 """Longest wait for one step of a hand-over."""
 
-_ALIGNMENT = 64
 
+class Transport:
+    """A way of weights to servers, bucket by bucket. Methods raise BadReply, ServerLost or EngineRefused.
 
-class Transport(Protocol):
-    """How buckets travel. `load` comes before the `deliver`s of the same bucket, which run side by side."""
-
-    bucket_bytes: int
-
-    def load(self, bucket: Bucket) -> None:
-        """Make `bucket` ready; what was loaded before it has been delivered everywhere."""
-        ...
-
-    async def deliver(self, server: Server) -> None:
-        """Give the loaded bucket to `server`. Raises BadReply, ServerLost or EngineRefused."""
-        ...
-
-
-class SharedMemory:
-    """Servers on this machine: on a CPU a piece of shared memory that is used again for every bucket, on a GPU the
-    tensors' own memory (CUDA IPC)."""
+    One hand-over: `open`, `begin` (per server); for every bucket `load`, `deliver` (per server); `close`, `end` (per
+    server). What is done per server runs side by side.
+    """
 
     def __init__(self, bucket_bytes: int) -> None:
         self.bucket_bytes = bucket_bytes
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._bucket: Bucket = []
+
+    def open(self) -> None:
+        """A hand-over begins."""
+
+    async def begin(self, server: Server) -> None:
+        """Get `server` ready for new weights."""
+        try:
+            succeeded(await server.post("/begin_weight_update", None, STEP_SECONDS))
+        except EngineRefused:  # an earlier hand-over has not come to its end
+            succeeded(await server.post("/end_weight_update", None, STEP_SECONDS))
+            succeeded(await server.post("/begin_weight_update", None, STEP_SECONDS))
 
     def load(self, bucket: Bucket) -> None:
-        if bucket[0][1].is_cuda:
-            from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
-
-            monkey_patch_torch_reductions()  # devices are named by their UUID: the server may number them otherwise
-            self._bucket = bucket
-            return
-        # The server is no child of this process, so it cannot be passed a file descriptor: it opens a name.
-        torch.multiprocessing.set_sharing_strategy("file_system")
-        total = sum(_padded(tensor.nbytes) for _, tensor in bucket)
-        if self._memory.nbytes < total:
-            self._memory = torch.empty(total, dtype=torch.uint8).share_memory_()
-        self._bucket = []
-        place = 0
-        for name, tensor in bucket:
-            view = self._memory[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            view.copy_(tensor)
-            self._bucket.append((name, view))
-            place += _padded(tensor.nbytes)
+        """Make `bucket` ready; what was loaded before it has been delivered everywhere."""
+        raise NotImplementedError
 
     async def deliver(self, server: Server) -> None:
-        """Each receiver gets handles of its own: opening one gives its share of the memory back."""
-        handles = [_pickled(self._bucket) for _ in range(await tensor_parallel(server))]
-        body = {"serialized_named_tensors": handles, "flush_cache": False}
-        succeeded(await server.post("/update_weights_from_tensor", body, STEP_SECONDS))
+        """Give the loaded bucket to `server`."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """That was the last bucket."""
+
+    async def end(self, server: Server) -> None:
+        """Have `server` take what it was given."""
+        succeeded(await server.post("/end_weight_update", None, STEP_SECONDS))
 
 
 async def tensor_parallel(server: Server) -> int:
@@ -88,14 +68,3 @@ def succeeded(answer: Any) -> Any:
     if not isinstance(answer, dict) or not answer.get("success"):
         raise BadReply(f"the server answered {str(answer)[:300]}")
     return answer
-
-
-def _pickled(bucket: Bucket) -> str:
-    """Handles of the tensors' memory. This is the server's own format, which it reads with an allow-list."""
-    buffer = io.BytesIO()
-    ForkingPickler(buffer).dump([(name, tensor.detach()) for name, tensor in bucket])
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _padded(size: int) -> int:
-    return math.ceil(size / _ALIGNMENT) * _ALIGNMENT

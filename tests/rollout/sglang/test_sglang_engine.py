@@ -18,10 +18,11 @@ from copd_megatron.errors import CopdError, DataError
 from copd_megatron.rollout.embedded import EmbeddedEngine
 from copd_megatron.rollout.engine import EngineLost
 from copd_megatron.rollout.sglang import background, wire
+from copd_megatron.rollout.sglang.broadcast import Broadcast
 from copd_megatron.rollout.sglang.client import EngineRefused, Limits, Server
 from copd_megatron.rollout.sglang.endpoints import Endpoints
 from copd_megatron.rollout.sglang.engine import SGLangEngine
-from copd_megatron.rollout.sglang.transport import SharedMemory
+from copd_megatron.rollout.sglang.shared_memory import SharedMemory
 from copd_megatron.rollout.types import Prompt, Rollout, Sampling
 from copd_megatron.weights.hf import HfFolder
 
@@ -270,6 +271,17 @@ def test_a_prompt_beyond_the_servers_limits_is_refused_with_its_words(engine: SG
 def test_the_key_is_in_no_log(server: RunningServer, engine: SGLangEngine) -> None:
     assert KEY not in server.log.read_text(errors="replace")
     assert KEY not in repr(server.endpoints("text"))
+
+
+def test_weights_come_over_a_process_group_too(
+    server: RunningServer, folder: Path, other_folder: Path, prompts: list[Prompt]
+) -> None:
+    engine = SGLangEngine("text", folder, server.endpoints("text", "group"), Broadcast(1 << 16, "127.0.0.1"))
+    for version, weights in enumerate([other_folder, folder, other_folder]):
+        engine.update_weights(HfFolder(weights).tensors(), version)
+        assert_greedy(engine, reference(weights), prompts[:3])
+    engine.update_weights(HfFolder(folder).tensors(), version=3)
+    engine.close()
 
 
 def test_a_killed_server_costs_nothing_but_time(

@@ -12,7 +12,7 @@ from tiny_models import END, build_folder, config_of, save
 
 from copd_megatron.rollout.embedded import EmbeddedEngine
 from copd_megatron.rollout.sglang.engine import SGLangEngine
-from copd_megatron.rollout.sglang.transport import SharedMemory
+from copd_megatron.rollout.sglang.shared_memory import SharedMemory
 from copd_megatron.rollout.types import Prompt, Sampling
 from copd_megatron.weights.convert import to_hf, to_megatron
 from copd_megatron.weights.hf import HfFolder

@@ -15,7 +15,7 @@ from copd_megatron.rollout.engine import EngineLost
 from copd_megatron.rollout.sglang.client import Limits
 from copd_megatron.rollout.sglang.endpoints import Endpoints
 from copd_megatron.rollout.sglang.engine import SGLangEngine
-from copd_megatron.rollout.sglang.transport import SharedMemory
+from copd_megatron.rollout.sglang.shared_memory import SharedMemory
 from copd_megatron.rollout.types import Prompt, Rollout, Sampling
 from copd_megatron.weights.hf import HfFolder
 
