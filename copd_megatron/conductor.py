@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
@@ -47,6 +48,11 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
         raise ConfigError(
             f"base: {config.base} is not a Hugging Face folder (no config.json); the mini configs' base is made by "
             f"`python tools/mini_base.py --seed {config.seed}`"
+        )
+    if config.rollout.engine == "sglang" and not config.rollout.sglang.urls and find_spec("sglang") is None:
+        raise ConfigError(
+            "rollout.engine: sglang is not installed: pip install 'copd-megatron[serve]' on a GPU host, `make env` on a "
+            "CPU; or give servers that are already there (rollout.sglang.urls)"
         )
     folder = RunFolder(config.run_dir)
     changes = folder.open(config)

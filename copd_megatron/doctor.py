@@ -276,7 +276,8 @@ def _fp8_recipe(recipe: fp8.Recipe, machine: fp8.Machine, gpus: list[Gpu]) -> Fi
 def _sglang() -> Finding:
     version = _version("sglang")
     if version is None:
-        return Finding("sglang", "missing", "not installed: the embedded engine is used", "pip install -e '.[serve]'")
+        remedy = "pip install -e '.[serve]' on a GPU host, `make env` on a CPU"
+        return Finding("sglang", "missing", "not installed: the embedded engine is used", remedy)
     return Finding("sglang", "ok", version)
 
 
