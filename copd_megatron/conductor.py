@@ -51,8 +51,8 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
         )
     if config.rollout.engine == "sglang" and not config.rollout.sglang.urls and find_spec("sglang") is None:
         raise ConfigError(
-            "rollout.engine: sglang is not installed: pip install 'copd-megatron[serve]' on a GPU host, `make env` on a "
-            "CPU; or give servers that are already there (rollout.sglang.urls)"
+            "rollout.engine: sglang is not installed: pip install 'copd-megatron[serve]' on a GPU host, `make env` on "
+            "a CPU; or give servers that are already there (rollout.sglang.urls)"
         )
     folder = RunFolder(config.run_dir)
     changes = folder.open(config)
