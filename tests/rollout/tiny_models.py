@@ -75,8 +75,8 @@ def save(folder: Path, config: Any, seed: int = 0) -> Path:
     return folder
 
 
-def build_folder(folder: Path, tied: bool, seed: int = 0, experts: bool = False) -> Path:
-    """A Qwen3-VL; with `experts`, in two of three layers."""
+def build_folder(folder: Path, tied: bool, seed: int = 0, experts: bool = False, deepstack: int = 1) -> Path:
+    """A Qwen3-VL; with `experts`, in two of three layers; features of its first `deepstack` vision layers go up."""
     declare_torchvision_schemas()
     import transformers
 
@@ -92,7 +92,7 @@ def build_folder(folder: Path, tied: bool, seed: int = 0, experts: bool = False)
             },
         },
         vision_config={
-            "depth": 2,
+            "depth": max(2, deepstack),
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 4,
@@ -102,7 +102,7 @@ def build_folder(folder: Path, tied: bool, seed: int = 0, experts: bool = False)
             "temporal_patch_size": FRAMES,
             "out_hidden_size": 48,
             "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0],
+            "deepstack_visual_indexes": list(range(deepstack)),
             "initializer_range": 0.2,
         },
         image_token_id=IMAGE,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from copd_megatron.errors import WeightsError
 from copd_megatron.randomness import seed_for
 from copd_megatron.rollout.engine import EngineLost
 from copd_megatron.rollout.hf_module import open_config, open_tokenizer
@@ -48,6 +49,11 @@ class SGLangEngine:
         self.tokenizer: Any = open_tokenizer(Path(model_dir))
         self._config: Any = open_config(Path(model_dir))
         vision = getattr(self._config, "vision_config", None)
+        if self._config.model_type == "qwen3_vl_moe" and len(vision.deepstack_visual_indexes) != 3:
+            raise WeightsError(
+                f"{model_dir}: has {len(vision.deepstack_visual_indexes)} DeepStack layers; SGLang's Qwen3-VL-MoE "
+                "takes exactly three DeepStack layers, as all published ones have"
+            )
         self._tokens = wire.Tokens(
             vocabulary=self._config.get_text_config().vocab_size,
             image=None if vision is None else self._config.image_token_id,

@@ -10,7 +10,9 @@ import pytest
 import torch
 from tiny_models import END, build_folder, config_of, save
 
+from copd_megatron.errors import WeightsError
 from copd_megatron.rollout.embedded import EmbeddedEngine
+from copd_megatron.rollout.sglang.endpoints import Endpoints
 from copd_megatron.rollout.sglang.engine import SGLangEngine
 from copd_megatron.rollout.sglang.shared_memory import SharedMemory
 from copd_megatron.rollout.types import Prompt, Sampling
@@ -25,8 +27,15 @@ FAMILIES = ["qwen3_vl", "qwen3_vl_tied", "qwen3_vl_moe", "qwen3", "qwen3_moe", "
 
 def model(folder: Path, family: str, seed: int) -> Path:
     if family.startswith("qwen3_vl"):
-        return build_folder(folder, tied=family.endswith("tied"), seed=seed, experts=family.endswith("moe"))
+        experts = family.endswith("moe")
+        # sglang's Qwen3-VL-MoE takes three DeepStack layers, as all published ones have.
+        return build_folder(folder, family.endswith("tied"), seed, experts, deepstack=3 if experts else 1)
     return save(folder, config_of(family), seed)
+
+
+def test_a_model_that_would_kill_the_server_is_refused(expert_folder: Path) -> None:
+    with pytest.raises(WeightsError, match="exactly three DeepStack layers"):
+        SGLangEngine("text", expert_folder, Endpoints("text", "test", ("http://127.0.0.1:9",)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
