@@ -48,7 +48,7 @@ class SGLangEngine:
         self.version = -1
         self.tokenizer: Any = open_tokenizer(Path(model_dir))
         self._config: Any = open_config(Path(model_dir))
-        vision = getattr(self._config, "vision_config", None)
+        vision: Any = getattr(self._config, "vision_config", None)
         if self._config.model_type == "qwen3_vl_moe" and len(vision.deepstack_visual_indexes) != 3:
             raise WeightsError(
                 f"{model_dir}: has {len(vision.deepstack_visual_indexes)} DeepStack layers; SGLang's Qwen3-VL-MoE "
