@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow test-all lint demo layouts bench bench-growth bench-merge clean
+.PHONY: help env test test-slow test-all compile-gate lint demo layouts bench bench-growth bench-merge bench-kernels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,8 +37,11 @@ $(BENCH_READY): $(READY)
 	$(BIN)/pip install --quiet --editable '.[bench]' --constraint $(PINS)
 	touch $@
 
-test: env ## all fast tests
+test: env compile-gate ## all fast tests, and the kernels' compile gate
 	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist loadfile
+
+compile-gate: env ## compile every kernel for sm_90 and sm_100; registers, shared memory and spills as in the table
+	$(BIN)/python -m copd_kernels.resources --jobs $(JOBS)
 
 test-slow: env ## the slow tests
 	$(BIN)/pytest -m slow
@@ -66,6 +69,9 @@ bench-growth: env ## tokens per second and memory by processes and by length
 
 bench-merge: env ## merging beside mergekit, and beside what the disk costs (GIGABYTES="1 4 12")
 	$(BIN)/python tools/bench_merge.py --gigabytes $(GIGABYTES) --json docs/benchmarks/merge.json
+
+bench-kernels: env ## time of the kernels on a GPU; without one, peak memory of their references
+	$(BIN)/python -m copd_kernels.benchmarks --json docs/benchmarks/kernels_cpu.json
 
 clean: ## remove .venv and caches; runs/ is kept
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

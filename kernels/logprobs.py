@@ -66,7 +66,7 @@ class _Partition(Function):
         weights: Tensor | None,
         overwrite: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        listed, order = ids.to(torch.int32).sort(dim=-1)
+        listed, order = ids.to(torch.int32).contiguous().sort(dim=-1)
         sums, x = _sums(logits, listed, temperature, part, weights)
         again = torch.zeros_like(listed, dtype=torch.bool)
         again[:, 1:] = listed[:, 1:] == listed[:, :-1]

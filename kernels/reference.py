@@ -206,13 +206,20 @@ def topk_kl(
     there is no bucket, and both sides are renormalised over the K tokens. Gradient with respect to the student's
     logits, away from the floor: reverse p_v(log(p_b/q_b) − KL), forward p_v(1 − q_b/p_b), where b is the bucket of v.
     """
-    scaled = at_temperature(student_logits, temperature)
-    student = torch.log_softmax(scaled, dim=-1)
-    top = student.gather(-1, teacher_ids)
     if tail == "renormalise":
-        teacher = torch.log_softmax(widen(teacher_logprobs), dim=-1)
-        return divergence(torch.log_softmax(scaled.gather(-1, teacher_ids), dim=-1), teacher, kind, jsd_beta)
+        top = at_temperature(student_logits.gather(-1, teacher_ids), temperature)
+        return renormalised_kl(top, teacher_logprobs, kind, jsd_beta)
+    student = torch.log_softmax(at_temperature(student_logits, temperature), dim=-1)
+    top = student.gather(-1, teacher_ids)
     return partition_kl(top, teacher_logprobs, kind, jsd_beta, tail_logprob(student, teacher_ids))
+
+
+def renormalised_kl(
+    student_top: torch.Tensor, teacher_top: torch.Tensor, kind: Divergence, jsd_beta: float = 0.5
+) -> torch.Tensor:
+    """`divergence` of both sides renormalised over K outcomes, logits or log-probabilities [T, K]; returns [T]."""
+    student, teacher = (torch.log_softmax(widen(side), dim=-1) for side in (student_top, teacher_top))
+    return divergence(student, teacher, kind, jsd_beta)
 
 
 def tail_logprob(logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

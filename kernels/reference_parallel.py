@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from copd_kernels import reference
-from copd_kernels.reference import Divergence, Tail
+from copd_kernels.reference import Divergence
 from copd_kernels.vocabulary import Vocabulary, shared, total
 
 
@@ -26,10 +26,12 @@ def log_softmax(logits: Tensor, temperature: float, part: Vocabulary) -> Tensor:
 
 def logprobs_at(logprobs: Tensor, ids: Tensor, part: Vocabulary) -> Tensor:
     """Of `logprobs` [T, Vp], those at `ids` int64 [T, N]; the same [T, N] on every rank."""
-    column, owned = part.columns_of(ids, logprobs.shape[1])
-    if not logprobs.shape[1]:
-        return total(logprobs.new_zeros(ids.shape), part)
-    return total(torch.where(owned, logprobs.gather(-1, column), 0.0), part)
+    width = logprobs.shape[1]
+    column, owned = part.columns_of(ids, width)
+    # One more column, of another rank's tokens. It keeps ranks without any part of the graph, whose collectives meet.
+    padded = torch.cat([logprobs, logprobs.new_zeros(len(logprobs), 1)], dim=-1)
+    elsewhere = torch.where((ids >= 0) & (ids < part.size), width, width + 1)  # beyond the vocabulary, it is refused
+    return total(padded.gather(-1, torch.where(owned, column, elsewhere)), part)
 
 
 def tail_logprob(logprobs: Tensor, ids: Tensor, part: Vocabulary) -> Tensor:
@@ -61,14 +63,10 @@ def topk_kl(
     teacher_logprobs: Tensor,
     kind: Divergence,
     jsd_beta: float,
-    tail: Tail,
     temperature: float,
     part: Vocabulary,
 ) -> Tensor:
-    """`reference.topk_kl` of logits [T, Vp]."""
+    """`reference.topk_kl` with a tail bucket, of logits [T, Vp]."""
     student = log_softmax(student_logits, temperature, part)
     top = logprobs_at(student, teacher_ids, part)
-    if tail == "renormalise":
-        teacher = torch.log_softmax(reference.widen(teacher_logprobs), dim=-1)
-        return reference.divergence(torch.log_softmax(top, dim=-1), teacher, kind, jsd_beta)
     return reference.partition_kl(top, teacher_logprobs, kind, jsd_beta, tail_logprob(student, teacher_ids, part))

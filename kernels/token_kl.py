@@ -88,7 +88,8 @@ def token_kl(
     if weights is not None:
         check_per_token("weights", weights, beside, formats=(*FLOATS, torch.bool))
     weights = student_logits.new_ones(len(student_logits), dtype=torch.float32) if weights is None else weights
-    weights = weights.detach().float()
+    weights = weights.detach().float().contiguous()
+    targets = None if targets is None else targets.contiguous()
     call = _Call(kind_at(kind, jsd_beta), jsd_beta, temperature, targets, split_of(student_logits, vocabulary))
     if not on_triton(student_logits):
         return _by_reference(student_logits, teacher_logits, weights, call)

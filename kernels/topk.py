@@ -133,7 +133,7 @@ def _merged(logits: Tensor, k: int, temperature: float, part: Vocabulary, rows: 
         chosen = logits.gather(-1, top.ids) if rows is None else logits[rows[:, None], top.ids]
         mine[:, :own_k] = chosen.double()
         mine[:, k : k + own_k] = (top.ids + part.start).double()
-        mine[:, -1] = top.logsumexp.double()
+        mine[:, -1] = top.logsumexp.double().masked_fill(chosen[:, 0] == -torch.inf, -torch.inf)
     everyone = part.gather(mine)
     logsumexp = torch.logsumexp(everyone[..., -1], dim=0)
     x = everyone[..., :k].movedim(0, 1).flatten(1)
@@ -141,7 +141,8 @@ def _merged(logits: Tensor, k: int, temperature: float, part: Vocabulary, rows: 
     by_id = ids.sort(dim=-1).indices
     order = by_id.gather(-1, x.gather(-1, by_id).sort(dim=-1, descending=True, stable=True).indices)[:, :k]
     logprobs = x.gather(-1, order) / temperature - logsumexp[:, None]
-    return Top(ids.gather(-1, order).long(), logprobs.float(), logsumexp.float())
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return Top(ids.gather(-1, order).long(), logprobs.to(wide), logsumexp.to(wide))
 
 
 def _common(ids: Tensor, others: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ def _launch(
     widths = (logits.shape[1], source.stride(0))
     launch.run(
         topk_kernel, "topk" if want_top else "topk overlap", count,
-        source, ids if rows is None else rows, teacher_ids, ids, share, logsumexp,
+        source, ids if rows is None else rows.contiguous(), teacher_ids, ids, share, logsumexp,
         logits.shape[1], source.stride(0), k, teacher_ids.shape[1], 1 / temperature,
         widths=widths, G=launch.lanes(logits.dtype, widths), TP=launch.SLOTS, ROWS=rows is not None,
         OVERLAP=teacher is not None, IDS=want_top, LOGSUMEXP=want_top,

@@ -21,7 +21,7 @@ from copd_kernels.choice import on_triton
 from copd_kernels.finished import with_gradient
 from copd_kernels.logprobs import partition, with_unit_columns
 from copd_kernels.reference import Divergence, Tail, kind_at
-from copd_kernels.vocabulary import Vocabulary, split_of
+from copd_kernels.vocabulary import Vocabulary, split_of, total
 
 When = Literal["later", "now", "overwrite"]
 """When the gradient is formed: in the backward pass; together with the loss; and then in the logits' own memory."""
@@ -57,14 +57,46 @@ def topk_kl(
     check_kind(kind, jsd_beta, temperature, tail)
     if weights is not None:
         check_per_token("weights", weights, ("student_logits", student_logits), formats=(*FLOATS, torch.bool))
-        weights = weights.detach().float()
+        weights = weights.detach().float().contiguous()
     kind, part = kind_at(kind, jsd_beta), split_of(student_logits, vocabulary)
-    arguments = (student_logits, teacher_ids.long(), teacher_logprobs.detach(), kind, jsd_beta, tail, temperature)
+    arguments = (student_logits, teacher_ids.long(), teacher_logprobs.detach(), kind, jsd_beta, temperature)
+    if tail == "renormalise":
+        return _renormalised(*arguments, weights, part)
     if not on_triton(student_logits):
         return _by_reference(*arguments, weights, part)
     if gradient == "later" or part is not None or not student_logits.requires_grad:
         return _by_partition(*arguments, weights, gradient, part)
     return _in_one_launch(*arguments, weights, gradient == "overwrite")
+
+
+def _renormalised(
+    logits: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    kind: Divergence,
+    jsd_beta: float,
+    temperature: float,
+    weights: Tensor | None,
+    part: Vocabulary | None,
+) -> Tensor:
+    """Of the logits, only those at the ids have a part in it: the rest is not read, its gradient 0."""
+    width = logits.shape[1]
+    start, size = (0, width) if part is None else (part.start, part.size)
+    column = ids - start
+    owned = (column >= 0) & (column < width)
+    # A rank without columns keeps its part of the graph through one that is nobody's.
+    source = logits if width else torch.nn.functional.pad(logits, (0, 1))
+    top = reference.at_temperature(source.gather(-1, column.masked_fill(~owned, 0)), temperature)
+    top = top.masked_fill(~owned, 0.0)
+    if part is not None:
+        top = total(top, part)
+    top = top.masked_fill((ids < 0) | (ids >= size), torch.nan)
+    if weights is None:
+        return reference.renormalised_kl(top, logprobs, kind, jsd_beta)
+    unread = weights == 0
+    logprobs = logprobs.masked_fill(unread[:, None], 0.0)
+    loss = reference.renormalised_kl(top.masked_fill(unread[:, None], 0.0), logprobs, kind, jsd_beta)
+    return loss * weights.to(loss.dtype)
 
 
 def _by_reference(
@@ -73,15 +105,14 @@ def _by_reference(
     logprobs: Tensor,
     kind: Divergence,
     jsd_beta: float,
-    tail: Tail,
     temperature: float,
     weights: Tensor | None,
     part: Vocabulary | None,
 ) -> Tensor:
     def of(logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
         if part is None:
-            return reference.topk_kl(logits, ids, logprobs, kind, jsd_beta, tail, temperature)
-        return reference_parallel.topk_kl(logits, ids, logprobs, kind, jsd_beta, tail, temperature, part)
+            return reference.topk_kl(logits, ids, logprobs, kind, jsd_beta, temperature=temperature)
+        return reference_parallel.topk_kl(logits, ids, logprobs, kind, jsd_beta, temperature, part)
 
     if weights is None:
         return of(logits, ids, logprobs)
@@ -96,7 +127,6 @@ def _by_partition(
     logprobs: Tensor,
     kind: Divergence,
     jsd_beta: float,
-    tail: Tail,
     temperature: float,
     weights: Tensor | None,
     gradient: When,
@@ -107,12 +137,7 @@ def _by_partition(
     leaf = logits.detach().requires_grad_() if now else logits
     with torch.enable_grad() if now else torch.set_grad_enabled(torch.is_grad_enabled()):
         student = partition(leaf, ids, temperature, part, weights, overwrite=gradient == "overwrite")
-        top, teacher = student.logprobs, logprobs.float()
-        if tail == "renormalise":
-            top, teacher = torch.log_softmax(top, dim=-1), torch.log_softmax(teacher, dim=-1)
-            loss = reference.divergence(top, teacher, kind, jsd_beta)
-        else:
-            loss = reference.partition_kl(top, teacher, kind, jsd_beta, student.tail)
+        loss = reference.partition_kl(student.logprobs, logprobs, kind, jsd_beta, student.tail)
         if weights is not None:
             loss = loss.masked_fill(weights == 0, 0.0) * weights
     if not now:
@@ -127,14 +152,11 @@ def _in_one_launch(
     logprobs: Tensor,
     kind: Divergence,
     jsd_beta: float,
-    tail: Tail,
     temperature: float,
     weights: Tensor | None,
     overwrite: bool,
 ) -> Tensor:
-    loss, result = loss_and_gradient(
-        logits.detach(), ids, logprobs, kind, jsd_beta, tail, temperature, weights, overwrite
-    )
+    loss, result = loss_and_gradient(logits.detach(), ids, logprobs, kind, jsd_beta, temperature, weights, overwrite)
     return with_gradient(logits, loss, result)
 
 
@@ -144,7 +166,6 @@ def loss_and_gradient(
     logprobs: Tensor,
     kind: Divergence,
     jsd_beta: float,
-    tail: Tail,
     temperature: float,
     weights: Tensor | None,
     overwrite: bool,
@@ -155,13 +176,9 @@ def loss_and_gradient(
 
     source = with_unit_columns(logits)
     result = source if overwrite else torch.empty_like(source, memory_format=torch.contiguous_format)
-    listed, order = ids.to(torch.int32).sort(dim=-1)
+    listed, order = ids.to(torch.int32).contiguous().sort(dim=-1)
     teacher = logprobs.float().gather(-1, order)
-    if tail == "renormalise":
-        teacher_tail = teacher
-        teacher = torch.log_softmax(teacher, dim=-1)
-    else:
-        teacher_tail = reference.with_tail(teacher)[:, -1].contiguous()
+    teacher_tail = reference.with_tail(teacher)[:, -1].contiguous()
     k = ids.shape[1]
     loss = torch.empty(len(logits), device=logits.device)
     weights = torch.ones_like(loss) if weights is None else weights
@@ -170,7 +187,7 @@ def loss_and_gradient(
         source, result, listed, teacher.clamp(min=reference.LOGPROB_FLOOR), teacher_tail, weights, loss,
         logits.shape[1], source.stride(0), result.stride(0), k, 1 / temperature, jsd_beta, LOG_TAIL_FLOOR,
         widths=(logits.shape[1], source.stride(0), result.stride(0)),
-        KIND=KINDS[kind], BUCKET=tail == "bucket", KP=launch.SLOTS, BLOCK=launch.BLOCK,
+        KIND=KINDS[kind], KP=launch.SLOTS, BLOCK=launch.BLOCK,
     )  # fmt: skip
     return loss, logits.copy_(result) if overwrite else result
 

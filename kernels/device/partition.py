@@ -141,12 +141,12 @@ def partition_gradient_kernel(
 def topk_kl_kernel(
     x_ptr, g_ptr, ids_ptr, teacher_ptr, teacher_tail_ptr, weight_ptr, loss_ptr,
     V, x_stride, g_stride, K, scale, beta, floor,
-    KIND: tl.constexpr, BUCKET: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of `topk_kl` in one launch; see `copd_kernels.topk_kl` for the formulas.
 
     `teacher` [T, K] and `teacher_tail` [T] are log-probabilities, floored; `floor` is the least log mass of a tail.
-    KIND 0 reverse, 1 forward, 2 jsd. BUCKET: the tail is an outcome; else the K outcomes are all there are.
+    KIND 0 reverse, 1 forward, 2 jsd.
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
@@ -161,12 +161,10 @@ def topk_kl_kernel(
     x, column, owned = listed_logits(x_ptr, ids_ptr, V, 0, V, K, scale, KP)
     lq = tl.load(teacher_ptr + row * K + slot, mask=slot < K, other=0.0)
     peak = finite_or_zero(tl.max(x, 0))
-    z = 0.0
-    if BUCKET:
-        shift, z, _ = safe_tail_sums(x_ptr, ids_ptr, V, 0, K, scale, BLOCK)
-        highest = tl.maximum(peak, tl.where(z > 0.0, shift, peak))
-        z = z * tl.exp(shift - highest)
-        peak = highest
+    shift, z, _ = safe_tail_sums(x_ptr, ids_ptr, V, 0, K, scale, BLOCK)
+    highest = tl.maximum(peak, tl.where(z > 0.0, shift, peak))
+    z = z * tl.exp(shift - highest)
+    peak = highest
     log_z = tl.log(z + tl.sum(tl.exp(x - peak), 0))
     said = x != -float("inf")
     lp = tl.where(said, x - peak - log_z, FLOOR)
@@ -175,29 +173,20 @@ def topk_kl_kernel(
     term, e = divergence_terms(p, q, lp, lq, beta, KIND)
     loss = tl.sum(tl.where(slot < K, term, 0.0), 0)
     e = tl.where(said, e, 0.0)
-    tail = 0.0
-    if BUCKET:
-        log_tail = tl.log(z) - log_z
-        kept = log_tail >= floor
-        log_tail = tl.where(kept, log_tail, floor)
-        lqt = tl.load(teacher_tail_ptr + row)
-        tail_term, tail_e = divergence_terms(tl.exp(log_tail), tl.exp(lqt), log_tail, lqt, beta, KIND)
-        loss += tail_term
-        tail_e = tl.where(kept, tail_e, 0.0)
-        total = tl.sum(e, 0) + tail_e
-        tail = tl.where(kept, tail_e / tl.exp(log_tail), 0.0) - total
-    else:
-        total = tl.sum(e, 0)
+    log_tail = tl.log(z) - log_z
+    kept = log_tail >= floor
+    log_tail = tl.where(kept, log_tail, floor)
+    lqt = tl.load(teacher_tail_ptr + row)
+    tail_term, tail_e = divergence_terms(tl.exp(log_tail), tl.exp(lqt), log_tail, lqt, beta, KIND)
+    loss += tail_term
+    tail_e = tl.where(kept, tail_e, 0.0)
+    total = tl.sum(e, 0) + tail_e
+    tail = tl.where(kept, tail_e / tl.exp(log_tail), 0.0) - total
     factor = weight * scale
     at_listed = (e - p * total) * factor
     # NaN anywhere in the row makes Z, and so the loss, NaN.
     tl.store(loss_ptr + row, (loss + 0.0 * log_z) * weight)
-    if BUCKET:
-        write_gradient(x_ptr, g_ptr, V, scale, peak, log_z, tail * factor, column, at_listed, owned, BLOCK)
-    else:
-        write_zeros(g_ptr, V, BLOCK)
-        tl.debug_barrier()
-        tl.store(g_ptr + column, at_listed.to(g_ptr.dtype.element_ty), mask=owned)
+    write_gradient(x_ptr, g_ptr, V, scale, peak, log_z, tail * factor, column, at_listed, owned, BLOCK)
 
 
 @triton.jit

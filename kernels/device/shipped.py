@@ -78,15 +78,14 @@ def _partition_gradient(dtype: torch.dtype, odd: bool) -> Configuration:
     return _configuration(NAMES[dtype], partition.partition_gradient_kernel, "partition", types, constants, odd)
 
 
-def _topk_kl(dtype: torch.dtype, kind: int, bucket: bool, odd: bool) -> Configuration:
+def _topk_kl(dtype: torch.dtype, kind: int, odd: bool) -> Configuration:
     types = {
         "x_ptr": f"*{NAMES[dtype]}", "g_ptr": f"*{NAMES[dtype]}", "ids_ptr": "*i32", "teacher_ptr": "*fp32",
         "teacher_tail_ptr": "*fp32", "weight_ptr": "*fp32", "loss_ptr": "*fp32", "V": "i32", "x_stride": "i32",
         "g_stride": "i32", "K": "i32", "scale": "fp32", "beta": "fp32", "floor": "fp32",
     }  # fmt: skip
-    constants = {"KIND": kind, "BUCKET": bucket, "KP": launch.SLOTS, "BLOCK": launch.BLOCK}
-    label = f"{NAMES[dtype]} {KINDS[kind]} {'bucket' if bucket else 'renormalise'}"
-    return _configuration(label, partition.topk_kl_kernel, "topk_kl", types, constants, odd)
+    constants = {"KIND": kind, "KP": launch.SLOTS, "BLOCK": launch.BLOCK}
+    return _configuration(f"{NAMES[dtype]} {KINDS[kind]}", partition.topk_kl_kernel, "topk_kl", types, constants, odd)
 
 
 def _token_kl(dtype: torch.dtype, kind: int, phase: int, gradient: bool, odd: bool) -> Configuration:
@@ -115,8 +114,7 @@ def configurations() -> Iterator[Configuration]:
             for kind in range(3):
                 for phase, gradient in ((0, True), (1, False), (3, False), (3, True), *(((2, False),) * (kind == 2))):
                     yield _token_kl(dtype, kind, phase, gradient, odd)
-                yield _topk_kl(dtype, kind, True, odd)
-                yield _topk_kl(dtype, kind, False, odd)
+                yield _topk_kl(dtype, kind, odd)
             for what in ("overlap", "top", "both"):
                 yield _topk(dtype, what, False, odd)
             yield _topk(dtype, "overlap", True, odd)

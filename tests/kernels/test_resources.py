@@ -20,7 +20,7 @@ TABLE_NOW = json.loads(TABLE.read_text())
 
 def test_the_table_holds_every_configuration_and_no_other():
     names = [chosen.name for chosen in configurations()]
-    assert len(names) == len(set(names)) > 100
+    assert len(names) == len(set(names)) > 80
     assert {name.split()[0] for name in names} == set(KERNELS)
     assert {architecture: set(kernels) for architecture, kernels in TABLE_NOW.items()} == {
         "sm_90": set(names),
@@ -55,7 +55,7 @@ def test_growth_spills_and_unknown_kernels_are_named():
     assert grown(slack, TABLE_NOW) == []
 
 
-@pytest.mark.parametrize("kernel", ["topk bf16 overlap", "topk_kl bf16 reverse bucket"])
+@pytest.mark.parametrize("kernel", ["topk bf16 overlap", "topk_kl bf16 reverse"])
 def test_a_kernel_compiles_without_a_gpu(kernel):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "copd_kernels.resources", "--only", kernel, "--jobs", "1"]

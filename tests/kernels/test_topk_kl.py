@@ -143,6 +143,19 @@ def test_what_arrives_from_above_multiplies_the_gradient(gradient):
     torch.testing.assert_close(scaled, ones * factor[:, None])
 
 
+@pytest.mark.parametrize("gradient", WHEN)
+def test_small_arguments_may_lie_anywhere(gradient):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, 150, generator=generator)
+    case = Case(student, teacher, torch.tensor([1.0, 9.0, 2.0, 9.0, 0.5, 9.0])[::2], 1.0)
+    ids, logprobs = (values.t().contiguous().t() for values in case.top(4))
+    assert not ids.is_contiguous()
+    expected, expected_gradient = expected_of(case, ids, logprobs, "reverse", 0.5, "bucket")
+    loss, result = found_by(case, ids, logprobs, "reverse", 0.5, "bucket", gradient)
+    assert_close(loss, expected, case)
+    assert_gradient(result, expected_gradient, case)
+
+
 @pytest.mark.parametrize("gradient", ["now", "overwrite"])
 def test_a_gradient_formed_with_the_loss_is_used_once(gradient):
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).requires_grad_()
