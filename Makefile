@@ -10,6 +10,7 @@ BENCH_READY := $(VENV)/.ready-bench
 SEED ?= 0
 JOBS ?= 2
 GIGABYTES ?= 1
+KERNELS_JSON ?= docs/benchmarks/kernels_cpu.json
 
 # One thread per process: several processes share the cores, and more threads than cores cost far more than they give.
 export OMP_NUM_THREADS ?= 1
@@ -70,8 +71,8 @@ bench-growth: env ## tokens per second and memory by processes and by length
 bench-merge: env ## merging beside mergekit, and beside what the disk costs (GIGABYTES="1 4 12")
 	$(BIN)/python tools/bench_merge.py --gigabytes $(GIGABYTES) --json docs/benchmarks/merge.json
 
-bench-kernels: env ## time of the kernels on a GPU; without one, peak memory of their references
-	$(BIN)/python -m copd_kernels.benchmarks --json docs/benchmarks/kernels_cpu.json
+bench-kernels: env ## kernels: time on a GPU, peak memory on a CPU (KERNELS_JSON=FILE)
+	$(BIN)/python -m copd_kernels.benchmarks --json $(KERNELS_JSON)
 
 clean: ## remove .venv and caches; runs/ is kept
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

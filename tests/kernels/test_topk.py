@@ -71,6 +71,14 @@ def test_tie_rule_the_lower_id_ranks_first_across_and_within_blocks(dtype):
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
+def test_tie_rule_zeros_of_both_signs_are_equal(dtype):
+    student = torch.full((1, 300), -1.0, dtype=dtype)
+    student[0, [20, 150, 280]] = torch.tensor([-0.0, 0.0, -0.0], dtype=dtype)
+    assert topk(student, 2).ids.tolist() == [[20, 150]]
+    assert topk_overlap(student, torch.tensor([[20, 280]]), 2).item() == 0.5
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
 def test_rows_that_the_fast_path_cannot_certify_take_the_exact_one(dtype, monkeypatch):
     """The best ten are in one lane of 128, which keeps two."""
     counted = []

@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parents[1] / "policy"))
 import gang
 
 TOKENS, VOCABULARY, HIDDEN, K, TEMPERATURE = 5, 97, 4, 6, 0.7
-PARTS = [(97,), (50, 47), (97, 0), (30, 30, 20, 17), (5, 90, 1, 1)]
+PARTS = [(97,), (50, 47), (97, 0), (30, 5, 45, 17)]
 WEIGHTS = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0])
 RUNS = ("reference", "triton")
 
