@@ -10,6 +10,7 @@ still in L2 when it is read again; 6 where the gradient waits for the backward p
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -25,6 +26,8 @@ from copd_kernels.vocabulary import Vocabulary, split_of, total
 
 When = Literal["later", "now", "overwrite"]
 """When the gradient is formed: in the backward pass; together with the loss; and then in the logits' own memory."""
+
+LOG_TAIL_FLOOR = math.log(reference.TAIL_FLOOR)
 
 KINDS: dict[Divergence, int] = {"reverse": 0, "forward": 1, "jsd": 2}
 
@@ -66,7 +69,10 @@ def topk_kl(
         return _by_reference(*arguments, weights, part)
     if gradient == "later" or part is not None or not student_logits.requires_grad:
         return _by_partition(*arguments, weights, gradient, part)
-    return _in_one_launch(*arguments, weights, gradient == "overwrite")
+    loss, result = loss_and_gradient(
+        student_logits.detach(), *arguments[1:], weights, overwrite=gradient == "overwrite"
+    )
+    return with_gradient(student_logits, loss, result)
 
 
 def _renormalised(
@@ -135,7 +141,7 @@ def _by_partition(
     """The arithmetic on [T, K] in torch, between the two sweeps over the logits."""
     now = gradient != "later" and logits.requires_grad
     leaf = logits.detach().requires_grad_() if now else logits
-    with torch.enable_grad() if now else torch.set_grad_enabled(torch.is_grad_enabled()):
+    with torch.set_grad_enabled(now or torch.is_grad_enabled()):
         student = partition(leaf, ids, temperature, part, weights, overwrite=gradient == "overwrite")
         loss = reference.partition_kl(student.logprobs, logprobs, kind, jsd_beta, student.tail)
         if weights is not None:
@@ -144,20 +150,6 @@ def _by_partition(
         return loss
     (result,) = torch.autograd.grad(loss.sum(), leaf)
     return with_gradient(logits, loss.detach(), result)
-
-
-def _in_one_launch(
-    logits: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    kind: Divergence,
-    jsd_beta: float,
-    temperature: float,
-    weights: Tensor | None,
-    overwrite: bool,
-) -> Tensor:
-    loss, result = loss_and_gradient(logits.detach(), ids, logprobs, kind, jsd_beta, temperature, weights, overwrite)
-    return with_gradient(logits, loss, result)
 
 
 def loss_and_gradient(
@@ -190,6 +182,3 @@ def loss_and_gradient(
         KIND=KINDS[kind], KP=launch.SLOTS, BLOCK=launch.BLOCK,
     )  # fmt: skip
     return loss, logits.copy_(result) if overwrite else result
-
-
-LOG_TAIL_FLOOR = float(torch.tensor(reference.TAIL_FLOOR).log())

@@ -37,14 +37,12 @@ def keys_of(x, block, blocks, inside):
         size = bits & 0x7FFFFFFF
         order = tl.where(size == 0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
         order = tl.where(size > 0x7F800000, 0x7FFFFFFE, order).to(tl.int64)
-        below_all: tl.constexpr = LOWEST_64
     else:
         bits = x.to(tl.int16, bitcast=True).to(tl.int32)
         size = bits & 0x7FFF
         order = tl.where(size == 0, 0, bits ^ ((bits >> 31) & 0x7FFF))
         order = tl.where(size > (0x7F80 if x.dtype == tl.bfloat16 else 0x7C00), 0x7FFE, order)
-        below_all: tl.constexpr = LOWEST_32
-    return tl.where(inside, order * blocks + (blocks - 1 - block), below_all)
+    return tl.where(inside, order * blocks + (blocks - 1 - block), LOWEST_64 if x.dtype == tl.float32 else LOWEST_32)
 
 
 @triton.jit
