@@ -11,13 +11,15 @@ SEED ?= 0
 JOBS ?= 2
 GIGABYTES ?= 1 4 12
 REPEATS ?= 2
+KERNELS_JSON ?= docs/benchmarks/kernels_cpu.json
 
 # One thread per process: several processes share the cores, and more threads than cores cost far more than they give.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow test-all lint demo layouts bench bench-growth bench-merge bench-export bench-engine clean
+.PHONY: help env test test-slow test-all compile-gate lint demo layouts bench bench-growth bench-merge bench-export \
+    bench-engine bench-kernels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,8 +41,11 @@ $(BENCH_READY): $(READY)
 	$(BIN)/pip install --quiet --editable '.[bench]' --constraint $(PINS)
 	touch $@
 
-test: env ## all fast tests
+test: env compile-gate ## all fast tests, and the kernels' compile gate
 	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist loadfile
+
+compile-gate: env ## compile every kernel for sm_90 and sm_100; registers, shared memory and spills as in the table
+	$(BIN)/python -m copd_kernels.resources --jobs $(JOBS)
 
 test-slow: env ## the slow tests
 	$(BIN)/pytest -m slow
@@ -74,6 +79,9 @@ bench-export: env ## handing a live policy's weights to its engine: rate, and me
 
 bench-engine: env ## SGLang's engine beside the embedded one
 	$(BIN)/python tools/bench_engine.py --json docs/benchmarks/engine.json --doc docs/sglang.md
+
+bench-kernels: env ## kernels: time on a GPU, peak memory on a CPU (KERNELS_JSON=FILE)
+	$(BIN)/python -m copd_kernels.benchmarks --json $(KERNELS_JSON)
 
 clean: ## remove .venv and caches; runs/ is kept
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

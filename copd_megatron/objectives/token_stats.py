@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from copd_kernels import reference
+from copd_kernels import reference, topk
+from copd_kernels.arguments import MAX_K
+from copd_kernels.choice import on_triton
 from copd_megatron.objectives.vocabulary import Vocabulary, logprobs_at, ranks_of
 
 
@@ -53,4 +55,7 @@ def overlap(
     float32 [R], without gradient. With `rows` int64 [R], those rows of the logits are meant.
     """
     reference.check_overlap(k, top_ids)
+    size = logits.shape[1] if vocabulary is None else vocabulary.size
+    if on_triton(logits) and k <= min(MAX_K, size):
+        return topk.topk_overlap(logits, top_ids, k, vocabulary=vocabulary, rows=rows)
     return (ranks_of(logits, top_ids[:, :k], vocabulary, rows) < k).float().sum(-1) / k

@@ -5,60 +5,27 @@ Under tensor parallelism every rank holds some columns of the logits. What the o
 rank ever sees another's columns. Everything downstream is computed alike on all ranks, so what goes back into the
 logits is the gradient with respect to the rank's own columns, without communication.
 
-Arithmetic is float32 whatever the logits are (float64 stays float64) and proceeds in blocks of rows: of [R, Vp] there
-are the logits themselves and, in the backward pass, their gradient, never a float32 copy.
+Arithmetic is float32 whatever the logits are (float64 stays float64). Of [R, Vp] there are the logits themselves and,
+in the backward pass, their gradient, never a float32 copy: on a GPU `copd_kernels` read them tile by tile, elsewhere
+torch proceeds in blocks of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from copd_kernels import reference
+from copd_kernels.choice import on_triton
+from copd_kernels.logprobs import MAX_LISTED, partition
+from copd_kernels.vocabulary import Vocabulary, split_of
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Logits that are widened at a time, by device: on a CPU what fits its cache, on a GPU what keeps it busy."""
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The part of the vocabulary that this process's logits cover.
-
-    Columns are the ids `start`, `start` + 1, …; `size` is that of the whole vocabulary without padding. The ranks of
-    `group` hold consecutive parts, which may be of different width, or empty. Without a group it is the whole.
-    """
-
-    start: int
-    size: int
-    group: dist.ProcessGroup | None
-
-    def columns_of(self, ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Columns of `ids` among this rank's `width`, and bool which of them it has; the others point to column 0.
-
-        Ids outside the vocabulary stay out of range on every rank, so that they are refused as they are unsplit.
-        """
-        columns = ids - self.start
-        owned = (columns >= 0) & (columns < width)
-        elsewhere = ~owned & (ids >= 0) & (ids < self.size)
-        return columns.masked_fill(elsewhere, 0), owned
-
-    def add(self, values: Tensor, owned: Tensor | None = None) -> Tensor:
-        """Σ over ranks of `values`, only of those that are `owned` if given; in place where it can be."""
-        values = values if owned is None else torch.where(owned, values, 0.0)
-        dist.all_reduce(values, group=self.group)
-        return values
-
-    def largest(self, values: Tensor) -> Tensor:
-        """The largest over ranks of each of `values`."""
-        values = values.clone()
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
-        return values
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float, vocabulary: Vocabulary | None = None) -> Tensor:
@@ -72,14 +39,17 @@ def logprobs_at(
     """`reference.logprobs_at` of `logits` [R, Vp], whose columns are those of `vocabulary` (None: all there are).
 
     Returns the log-probabilities [R, N] at `ids` int64 [R, N], with gradient, and without one the entropy [R] in nats
-    (0 if not asked for) and log Σ exp [R]; the same on every rank. For the backward pass it keeps the logits as they
-    came (no copy), the ids, and two numbers per row; exponentials are computed again.
+    (unless asked for, it may be 0) and log Σ exp [R]; the same on every rank. For the backward pass it keeps the logits
+    as they came (no copy), the ids, and two numbers per row; exponentials are computed again.
 
     Collective over the group. Raises ValueError unless `temperature` > 0 and the logits are what `vocabulary` says.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: log-probabilities of greedy sampling do not exist; use > 0")
-    part = _split(logits, vocabulary)
+    if on_triton(logits) and 1 <= ids.shape[1] <= MAX_LISTED:
+        found = partition(logits, ids, temperature, vocabulary)
+        return found.logprobs, found.entropy, found.logsumexp
+    part = split_of(logits, vocabulary)
     return _LogprobsAt.apply(logits, ids, temperature, part, entropy)  # type: ignore[no-any-return]
 
 
@@ -89,7 +59,7 @@ def ranks_of(logits: Tensor, ids: Tensor, vocabulary: Vocabulary | None = None, 
 
     With `rows` int64 [R], `logits` has more than R rows and these are the ones meant. Collective.
     """
-    part, width = _split(logits, vocabulary), logits.shape[1]
+    part, width = split_of(logits, vocabulary), logits.shape[1]
     start = 0 if part is None else part.start
     index, owned = (ids, None) if part is None else part.columns_of(ids, width)
     columns = torch.arange(start, start + width, device=logits.device)
@@ -111,7 +81,7 @@ def ranks_of(logits: Tensor, ids: Tensor, vocabulary: Vocabulary | None = None, 
 @torch.no_grad()
 def greedy(logits: Tensor, vocabulary: Vocabulary | None = None) -> Tensor:
     """The id int64 [R] of each row's largest logit, the lowest among equals; the same on every rank. Collective."""
-    part = _split(logits, vocabulary)
+    part = split_of(logits, vocabulary)
     if part is None:
         return logits.argmax(-1)
     first = torch.full((len(logits),), part.size, device=logits.device)
@@ -227,21 +197,3 @@ def _blocks(rows: int, logits: Tensor) -> Iterator[slice]:
     width = logits.shape[1]
     step = max(1, BLOCK_ELEMENTS.get(logits.device.type, 1 << 24) // max(1, width))
     return (slice(first, first + step) for first in range(0, rows if width else 0, step))
-
-
-def _split(logits: Tensor, vocabulary: Vocabulary | None) -> Vocabulary | None:
-    """`vocabulary` if other ranks hold parts of it, else None."""
-    if vocabulary is None:
-        return None
-    width, end = logits.shape[1], vocabulary.start + logits.shape[1]
-    if width and end > vocabulary.size:
-        raise ValueError(
-            f"logits have {width} columns from id {vocabulary.start} on, but the vocabulary has {vocabulary.size} ids; "
-            "cut off the padding"
-        )
-    if vocabulary.group is None and width != vocabulary.size:
-        raise ValueError(
-            f"logits have {width} columns of {vocabulary.size}, and no group to ask for the others; "
-            "pass the tensor-parallel group"
-        )
-    return None if vocabulary.group is None else vocabulary

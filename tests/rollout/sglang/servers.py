@@ -48,7 +48,7 @@ class RunningServer:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={
-                    **os.environ,
+                    **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
                     KEY_VARIABLE: KEY,
                     "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "copd_megatron.rollout.sglang.processors",
                 },
