@@ -87,6 +87,7 @@ class Engines:
                 except EngineLost as error:
                     log.warning("%s", error)
                     lost.add(error.branch)
+                    self._wait_for_base(error)
             reports = layout.gather_in_gang((lost, bool(results)))
             everywhere = {name for names, _ in reports for name in names}
             done = all(ready for _, ready in reports)
@@ -136,6 +137,16 @@ class Engines:
             for _ in weights:  # every rank takes part to the end
                 pass
         return None
+
+    def _wait_for_base(self, lost: EngineLost) -> None:
+        """The base's servers are nobody's to give weights to: they are there again, or they are not."""
+        engine = self._probe.base.engine if self._probe is not None and self._probe.base is not None else None
+        if engine is None or engine.name != lost.branch or not isinstance(engine, SGLangEngine):
+            return
+        try:
+            engine.wait(self._config.rollout.sglang.start_seconds)
+        except EngineLost as error:
+            raise EngineGone(str(error)) from error
 
     def _asked(self) -> Iterator[SGLangEngine]:
         """Servers that belong to others: peers' and the base's."""
