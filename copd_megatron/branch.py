@@ -170,8 +170,10 @@ class Branch:
                 **self._failures,
                 **self._engines.counts(),
             )
+        self._engines.sleep()
         with self._span("train"):
             trained = self._policy.update(layout.broadcast_in_replica(samples), self._loss, counts)
+        self._engines.wake()
         self._remember_streams()
         self._hand_over()
         self._write(trained, Tally.total(over_replicas(tally)))

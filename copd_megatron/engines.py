@@ -66,6 +66,16 @@ class Engines:
             log.warning("the hand-over of weights is done again: %s", reasons[0])
         raise EngineGone(f"{_HAND_OVERS} hand-overs of weights have failed, at last: {reasons[0]}")
 
+    def sleep(self) -> None:
+        """The policy is going to train: where servers share its GPUs, they make room."""
+        for engine in self._sleepers():
+            engine.sleep()
+
+    def wake(self) -> None:
+        """The policy has trained, and is going to hand its weights over."""
+        for engine in self._sleepers():
+            engine.wake()
+
     def ask(self, work: Callable[[], Result], point: str | None, step: int) -> Result:
         """The result of `work`, which asks engines before update `step`.
 
@@ -137,6 +147,12 @@ class Engines:
             for _ in weights:  # every rank takes part to the end
                 pass
         return None
+
+    def _sleepers(self) -> Iterator[SGLangEngine]:
+        actor = self._actor
+        if actor is not None and actor.sends and self._config.rollout.sglang.sleep and self.shared:
+            assert isinstance(actor.engine, SGLangEngine)
+            yield actor.engine
 
     def _wait_for_base(self, lost: EngineLost) -> None:
         """The base's servers are nobody's to give weights to: they are there again, or they are not."""

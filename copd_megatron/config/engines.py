@@ -45,6 +45,9 @@ class SGLangConfig(Section):
     """Longest wait for a server to start, or to be there again."""
     max_restarts: int = Field(3, ge=0)
     """How often one of the run's own servers is started again before the run stops."""
+    sleep: bool = False
+    """Have servers give back their GPU memory while the policy trains on the same GPUs (needs
+    args: {enable-memory-saver: true}); on a CPU they have nothing to give back."""
     transport: Literal["shared_memory", "broadcast"] = "shared_memory"
     """Way of the weights to the servers: `shared_memory` where they run on the host of their branch's rank 0,
     `broadcast` (NCCL, gloo) anywhere."""

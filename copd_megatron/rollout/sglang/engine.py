@@ -19,11 +19,11 @@ from copd_megatron.rollout.hf_module import open_config, open_tokenizer
 from copd_megatron.rollout.prompt_batch import check_prompt, check_tokens
 from copd_megatron.rollout.sampling import check_sampling
 from copd_megatron.rollout.sglang import background, wire
-from copd_megatron.rollout.sglang.client import Limits, Server
+from copd_megatron.rollout.sglang.client import EngineRefused, Limits, Server, ServerLost
 from copd_megatron.rollout.sglang.endpoints import Endpoints
 from copd_megatron.rollout.sglang.pool import Pool
 from copd_megatron.rollout.sglang.sync import hand_over
-from copd_megatron.rollout.sglang.transport import Transport
+from copd_megatron.rollout.sglang.transport import STEP_SECONDS, Transport
 from copd_megatron.rollout.types import Prompt, Rollout, Sampling, TeacherScores
 
 
@@ -79,6 +79,28 @@ class SGLangEngine:
         hand_over(self._pool, named, self._endpoints.label(version), self._transport)
         self.version = version
         self._kept = (None, {})
+
+    def sleep(self) -> None:
+        """Have the servers give back their GPU memory; they answer nothing until `wake` and new weights."""
+        self._everywhere("/release_memory_occupation")
+
+    def wake(self) -> None:
+        """Have the servers take their memory again."""
+        self._everywhere("/resume_memory_occupation")
+
+    def _everywhere(self, path: str) -> None:
+        """Ask all servers for the same; one that fails is lost."""
+
+        async def one(server: Server) -> None:
+            try:
+                await server.post(path, None, STEP_SECONDS)
+            except (ServerLost, wire.BadReply, EngineRefused) as error:
+                self._pool.lose(server, str(error))
+
+        async def all_of_them() -> None:
+            await asyncio.gather(*(one(server) for server in self._pool.servers if server.lost is None))
+
+        background.run(all_of_them())
 
     def follow(self, version: int) -> None:
         """From now on expect the weights of `version`, which the servers' owner has handed over (again)."""

@@ -42,6 +42,7 @@ class RunningServer:
                     *("--model-path", str(self.model), "--host", "127.0.0.1", "--port", str(self.port)),
                     *("--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32"),
                     *("--max-total-tokens", "8192", "--skip-server-warmup", "--enable-deterministic-inference"),
+                    "--sleep-on-idle",
                     *self._arguments,
                 ],
                 stdout=output,

@@ -173,6 +173,17 @@ def test_a_peer_follows_versions_and_refuses_others(
     peer.close()
 
 
+def test_servers_that_slept_answer_with_the_next_weights(
+    engine: SGLangEngine, folder: Path, prompts: list[Prompt]
+) -> None:
+    """On a CPU they have nothing to give back, and do as they are told."""
+    engine.sleep()
+    engine.wake()
+    engine.update_weights(HfFolder(folder).tensors(), version=engine.version + 1)
+    assert_greedy(engine, reference(folder), prompts[:2])
+    assert engine.counts()["lost"] == 0
+
+
 def test_incomplete_weights_raise_and_are_never_used(engine: SGLangEngine, folder: Path, prompts: list[Prompt]) -> None:
     class Broken(Exception):
         pass
