@@ -137,7 +137,8 @@ class Engines:
             if engine is not None and not isinstance(engine, SGLangEngine):
                 engine.update_weights(weights, self._policy.version)
             elif engine is not None and self._actor is not None and self._actor.sends:
-                engine.wait(self._config.rollout.sglang.start_seconds, every=not self._started)
+                if not self._started or engine.lost():
+                    engine.wait(self._config.rollout.sglang.start_seconds, every=not self._started)
                 engine.update_weights(weights, self._policy.version)
             elif engine is not None:
                 engine.follow(self._policy.version)

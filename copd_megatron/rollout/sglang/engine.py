@@ -112,8 +112,12 @@ class SGLangEngine:
         """Ask all servers again: their owner has seen to them, or they keep the weights that they start with."""
         self.follow(self.version)
 
+    def lost(self) -> bool:
+        """Whether a server is not asked any more."""
+        return any(server.lost is not None for server in self._pool.servers)
+
     def wait(self, seconds: float, every: bool = False) -> None:
-        """Return when a server (or `every` one) answers. Raises EngineLost after `seconds`."""
+        """Return when a server (or `every` one) answers, which takes it a second. Raises EngineLost after `seconds`."""
         there = background.run(self._pool.reachable(seconds, every))
         if not there or (every and len(there) < len(self._pool.servers)):
             missing = ", ".join(server.url for server in self._pool.servers if server not in there)
