@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from copd_megatron.rollout.sglang import wire
-from copd_megatron.rollout.types import Prompt, Rollout, Sampling
+from copd_megatron.rollout.sglang import media, wire
+from copd_megatron.rollout.types import Images, Prompt, Rollout, Sampling
 
 TOKENS = wire.Tokens(vocabulary=20, image=4, merge=2)
 SAMPLING = Sampling(max_new_tokens=3, stop_token_ids=(1,), n=2)
@@ -152,6 +152,34 @@ def test_the_last_id_of_the_vocabulary_comes_back_as_zero() -> None:
 def test_scores_without_top_tokens_and_with_the_whole_vocabulary() -> None:
     assert wire.read_scores(score_reply(), ROLLOUT, 0, VERSION, TOKENS).top_ids.shape == (3, 0)
     assert wire.scoring_request(ROLLOUT, {}, 1000, TOKENS)["top_logprobs_num"] == 20
+
+
+def test_a_row_for_the_token_before_the_response_is_left_out_if_it_is_there() -> None:
+    changes = {
+        "input_top_logprobs_val_flat_b64": base64([-9, -9, -0.5, -1, -0.1, -1.5, -0.2, -2.5], np.float32),
+        "input_top_logprobs_idx_flat_b64": base64([9, 9, 5, 2, 3, 6, 2, 1], np.int32),
+        "input_top_logprobs_shape": [4, 2],
+        "input_top_logprobs_null_prefix": 0,
+    }
+    assert read_scores(score_reply(**changes)).top_ids.tolist() == [[5, 2], [3, 6], [2, 1]]
+
+
+def test_a_server_that_saw_fewer_images_or_more_is_told_apart() -> None:
+    images = Images(torch.zeros(8, 12), torch.tensor([[1, 2, 4]]))
+    seeing = Prompt("p", "image", (8, 4, 4, 11), "", "exact", "", images)
+    assert wire.read_sample(sample_reply(image_tokens=2), seeing, SAMPLING, VERSION, TOKENS).finish == "stop"
+    for seen in (None, 0, 1, 3):
+        with pytest.raises(wire.BlindServer, match=f"saw {seen or 0} image tokens, the student 2"):
+            wire.read_sample(sample_reply(image_tokens=seen), seeing, SAMPLING, VERSION, TOKENS)
+
+
+def test_the_places_of_images_are_those_of_their_tokens() -> None:
+    images = Images(torch.zeros(24, 12), torch.tensor([[1, 2, 4], [1, 4, 4]]))
+    prompt = Prompt("p", "image", (8, 4, 4, 9, 4, 4, 4, 4, 11), "", "exact", "", images)
+    sent = media.decode(wire.media_fields(prompt, TOKENS, VERSION)["image_data"][0])
+    assert sent.offsets == ((1, 2), (4, 7))
+    assert sent.weights == VERSION
+    assert wire.media_fields(PROMPT, TOKENS, VERSION) == {}
 
 
 def test_scoring_begins_one_token_before_the_response() -> None:
