@@ -7,6 +7,7 @@ second copy of the model.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -152,7 +153,9 @@ def _shards(entry: Entry, parts: Sequence[Tensor], shapes: Sequence[tuple[int, .
 
 
 def _misfit(entry: Entry, parts: Sequence[Tensor], shape: tuple[int, ...], world: int) -> WeightsError:
-    shapes = listed([f"{name} {list(part.shape)}" for name, part in zip(entry.hf, parts, strict=True)])
+    alike = Counter(part.shape for part in parts)
+    named = sorted(zip(entry.hf, parts, strict=True), key=lambda found: alike[found[1].shape])  # the odd ones first
+    shapes = listed([f"{name} {list(part.shape)}" for name, part in named])
     whose = f"each of {entry.row.experts} experts'" if entry.row.experts else "whose"
     return WeightsError(
         f"{shapes}: does not fit the model, {whose} {entry.megatron[0]} is {list(shape)} "

@@ -74,4 +74,4 @@ def wrong_shape_is_named(model: list[Qwen3VLModel], weights: Named, name: str, s
     with pytest.raises(WeightsError) as failure:
         to_megatron(weights, model)
 
-    assert f"{name} {list(shape)}" in str(failure.value)
+    assert f"{name} {list(shape)}" in str(failure.value), str(failure.value)

@@ -140,7 +140,7 @@ def test_a_folder_of_another_model_is_refused(folder: Path, tmp_path: Path) -> N
     shutil.copytree(folder, tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    with pytest.raises(WeightsError, match=r"config\.json: model_type is 'llama'; expected one of 'qwen3_vl'"):
+    with pytest.raises(WeightsError, match=r"config\.json: model_type is 'llama', expected one of 'qwen3_vl'"):
         EmbeddedEngine("text", tmp_path / "other")
 
 
