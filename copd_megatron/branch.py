@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
-from copd_megatron.actor import Actor
+from copd_megatron.actor import Actor, Teacher
 from copd_megatron.checkpointer import Checkpointer
 from copd_megatron.config import RunConfig
 from copd_megatron.engines import EngineGone, Engines
@@ -54,6 +54,7 @@ class Branch:
         probe: Probe | None,
         spokesman: Spokesman | None,
         checkpointer: Checkpointer,
+        frozen: SGLangEngine | None,
     ) -> None:
         self.config = config
         self.own = name
@@ -71,7 +72,7 @@ class Branch:
         self._teacher_version: int | None = None
         self._published: int | None = None
         self._failures: Counter[str] = Counter()
-        self._engines = Engines(config, policy, actor, probe, spokesman)
+        self._engines = Engines(config, policy, actor, probe, spokesman, frozen, self._snapshots)
         self._streams: dict[str, Any] | None = None
         self._began = time.perf_counter()
 
@@ -119,12 +120,16 @@ class Branch:
         """Bring every teacher's engine to the version this step needs: the student's own, or the phase's first."""
         live = self.config.teacher.refresh == "step"
         wanted = self.version if live else self.version - self._step.index
-        self._teacher_version = wanted
-        if live or self._step.opens_phase:
-            self._publish()
+        if live or self._teacher_version != wanted:  # or this process has not seen the phase's beginning
+            if wanted == self.version and not (live and self._engines.shared):
+                self._publish()
+            self._teacher_version = wanted
+            if not live:
+                self._freeze(wanted)
             self._meet(f"version/{wanted}")
             self._forget({wanted})
-        self._load_teachers(wanted)
+        if self._actor is not None:
+            self._load_teachers(self._actor.teachers, wanted)
 
     def lessons(self, prompts: int) -> dict[str, list[Rollout]]:
         """For every teacher, G rollouts for each of `prompts` prompts of its capability (over all data-parallel ranks),
@@ -221,7 +226,7 @@ class Branch:
             raise
 
     def _publish(self) -> None:
-        if self._engines.shared or self._published == self.version:  # peers ask the engine itself
+        if self._published == self.version:
             return
         with self._span("sync"):
             weights = dict(self._policy.named_weights())
@@ -229,11 +234,13 @@ class Branch:
                 self._snapshots.publish(self.own, self.version, weights.items())
         self._published = self.version
 
-    def _load_teachers(self, version: int) -> None:
-        if self._actor is None or self._probe is None:
-            return
+    def _freeze(self, version: int) -> None:
         with self._span("sync"):
-            for name, teacher in self._probe.observed.items():
+            self._engines.freeze(version)
+
+    def _load_teachers(self, teachers: Mapping[str, Teacher], version: int) -> None:
+        with self._span("sync"):
+            for name, teacher in teachers.items():
                 if isinstance(teacher.engine, SGLangEngine):
                     teacher.engine.follow(version)
                 elif teacher.engine.version != version:
@@ -253,11 +260,13 @@ class Branch:
     # ------------------------------------------------------------------ drift, checkpoints
 
     def _measure(self, cycle: int) -> None:
-        self._publish()
+        if not self._engines.shared:  # else peers ask the engine itself
+            self._publish()
         self._meet(f"probe/{self.version}")
         self._forget({self.version})
-        self._load_teachers(self.version)
         actor, probe = self._actor, self._probe
+        if probe is not None:
+            self._load_teachers(probe.observed, self.version)
 
         def ask() -> tuple[dict[str, list[Sample]] | None, dict[str, float]]:
             return (None, {}) if actor is None or probe is None else probe.samples(actor, self.version)

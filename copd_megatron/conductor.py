@@ -163,7 +163,7 @@ def _watch(
                 log.error("branch %s: %s", name, reason)
                 progress.event(name, reason)
                 supervision.lost(name, reason)
-        for event in fleet.watch() if fleet is not None else ():
+        for event in fleet.watch(supervision.hung()) if fleet is not None else ():
             progress.event("CoPD", event)
         if stop.requested and not asked:
             asked = True

@@ -7,7 +7,7 @@ its weights over once more, which all ranks of its gang take part in, and whatev
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from copd_megatron.actor import Actor
@@ -18,6 +18,7 @@ from copd_megatron.policy.trainer import Policy
 from copd_megatron.probe import Probe
 from copd_megatron.rollout.engine import EngineLost, RolloutEngine
 from copd_megatron.rollout.sglang.engine import SGLangEngine
+from copd_megatron.snapshots import Snapshots
 from copd_megatron.spokesman import Spokesman
 from copd_megatron.window import Order
 
@@ -43,6 +44,8 @@ class Engines:
         actor: Actor | None,
         probe: Probe | None,
         spokesman: Spokesman | None,
+        frozen: SGLangEngine | None,
+        snapshots: Snapshots,
     ) -> None:
         self.shared = config.rollout.engine == "sglang"
         self._config = config
@@ -50,6 +53,9 @@ class Engines:
         self._actor = actor
         self._probe = probe
         self._spokesman = spokesman
+        self._frozen = frozen
+        self._snapshots = snapshots
+        self._frozen_version: int | None = None
         self._started = False
 
     def hand_over(self) -> None:
@@ -57,14 +63,15 @@ class Engines:
         if not self.shared:
             self._give()
             return
-        for _ in range(_HAND_OVERS):
-            # Every rank takes part in gathering the shards, and so has to know whether it is done again.
-            reasons = [reason for reason in layout.gather_in_gang(self._give()) if reason]
-            if not reasons:
-                self._started = True
-                return
-            log.warning("the hand-over of weights is done again: %s", reasons[0])
-        raise EngineGone(f"{_HAND_OVERS} hand-overs of weights have failed, at last: {reasons[0]}")
+        self._until_taken(self._give)
+        self._started = True
+
+    def freeze(self, version: int) -> None:
+        """Give what was published as `version` to the servers that keep a phase's teachers, if there are any. Raises
+        EngineGone if they do not take it."""
+        if self.shared:
+            self._frozen_version = version
+            self._until_taken(self._give_frozen)
 
     def sleep(self) -> None:
         """The policy is going to train: where servers share its GPUs, they make room."""
@@ -98,16 +105,18 @@ class Engines:
                     log.warning("%s", error)
                     lost.add(error.branch)
                     self._wait_for_base(error)
-            reports = layout.gather_in_gang((lost, bool(results)))
-            everywhere = {name for names, _ in reports for name in names}
-            done = all(ready for _, ready in reports)
+            reports = layout.gather_in_gang((lost, bool(results), self._hung()))
+            everywhere = {name for names, _, _ in reports for name in names}
+            done = all(ready for _, ready, _ in reports)
+            self._report([hung for _, _, hung in reports])
             order, reason = layout.broadcast_in_gang(window.order(everywhere, done) if window else None)
             if order == "stop":
                 raise EngineGone(reason) if reason else Interrupted(f"stopped before update {step}")
             if order == "renew":
                 self.hand_over()
+                self._until_taken(self._give_frozen)
             if order != "wait":
-                for engine in self._asked():
+                for engine in self.asked():
                     engine.renew()
         return results[0]
 
@@ -120,14 +129,62 @@ class Engines:
             for teacher in self._actor.teachers.values():
                 for name, count in teacher.engine.counts().items():
                     counts[f"teacher_{name}"] = counts.get(f"teacher_{name}", 0) + count
+        if self._frozen is not None:
+            for name, count in self._frozen.counts().items():
+                counts[f"engine_{name}"] = counts.get(f"engine_{name}", 0) + count
         return counts
 
     def close(self) -> None:
         """End the connections."""
         if self._actor is not None:
             self._actor.engine.close()
-        for engine in self._asked():
+        for engine in [*self.asked(), *([self._frozen] if self._frozen else [])]:
             engine.close()
+
+    def asked(self) -> list[SGLangEngine]:
+        """Servers that belong to others: teachers', peers' and the base's."""
+        engines: list[RolloutEngine] = []
+        if self._actor is not None:
+            engines += [teacher.engine for teacher in self._actor.teachers.values()]
+        if self._probe is not None:
+            engines += [teacher.engine for teacher in self._probe.observed.values()]
+            engines += [self._probe.base.engine] if self._probe.base is not None else []
+        return [engine for engine in dict.fromkeys(engines) if isinstance(engine, SGLangEngine)]
+
+    def _hung(self) -> set[str]:
+        """Servers that this rank has found to hang."""
+        engines: list[RolloutEngine | None] = [*self.asked(), self._frozen, self._actor.engine if self._actor else None]
+        return {url for engine in engines if isinstance(engine, SGLangEngine) for url in engine.newly_hung()}
+
+    def _report(self, hung: Iterable[set[str]]) -> None:
+        """Tell the conductor, which starts the run's own servers again."""
+        if self._spokesman is not None:
+            for url in sorted(set().union(*hung)):
+                self._spokesman.hung(url)
+
+    def _until_taken(self, give: Callable[[], str | None]) -> None:
+        """Hand weights over, again and again if need be; `give` tells why it has failed. Raises EngineGone."""
+        for _ in range(_HAND_OVERS):
+            # Every rank takes part in gathering the shards, and so has to know whether it is done again.
+            reasons = [reason for reason in layout.gather_in_gang(give()) if reason]
+            self._report(layout.gather_in_gang(self._hung()))
+            if not reasons:
+                return
+            log.warning("the hand-over of weights is done again: %s", reasons[0])
+        raise EngineGone(f"{_HAND_OVERS} hand-overs of weights have failed, at last: {reasons[0]}")
+
+    def _give_frozen(self) -> str | None:
+        """Why the servers that keep a phase's teacher do not have it, if there are any and they do not."""
+        if self._frozen is None or self._frozen_version is None:
+            return None
+        try:
+            if self._frozen.version < 0 or self._frozen.lost():
+                self._frozen.wait(self._config.rollout.sglang.start_seconds)
+            weights = self._snapshots.weights(self._frozen.name, self._frozen_version)
+            self._frozen.update_weights(weights, self._frozen_version)
+        except EngineLost as error:
+            return str(error)
+        return None
 
     def _give(self) -> str | None:
         """This rank's part of a hand-over; why it has failed, if it has."""
@@ -164,14 +221,3 @@ class Engines:
             engine.wait(self._config.rollout.sglang.start_seconds)
         except EngineLost as error:
             raise EngineGone(str(error)) from error
-
-    def _asked(self) -> Iterator[SGLangEngine]:
-        """Servers that belong to others: peers' and the base's."""
-        if self._probe is None:
-            return
-        asked: list[RolloutEngine] = [teacher.engine for teacher in self._probe.observed.values()]
-        if self._probe.base is not None:
-            asked.append(self._probe.base.engine)
-        for engine in asked:
-            if isinstance(engine, SGLangEngine):
-                yield engine

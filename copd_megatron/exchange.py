@@ -106,6 +106,10 @@ class Exchange:
         self._renewed = ticket
         self._store.set(f"renewed/{self.me}", str(ticket))
 
+    def hung(self, server: str) -> None:
+        """Tell the conductor that the server at this address has hung."""
+        self._store.set(f"hung/{self._store.add('hung', 1)}", server)
+
     def stop_before(self, step: int) -> None:
         """Have all branches stop before update `step`."""
         self._store.set(_STOP, str(step))
@@ -179,6 +183,7 @@ class Supervision:
     def __init__(self, store: Store, branches: Sequence[str]) -> None:
         self._store = store
         self._branches = branches
+        self._told = 0
 
     def statuses(self) -> dict[str, str]:
         """The newest status line of each branch that has sent one."""
@@ -191,6 +196,11 @@ class Supervision:
     def ending(self, branch: str) -> str | None:
         """A branch's last word, None if it has not left one."""
         return self._store.get(f"ending/{branch}").decode() if self._store.check([f"ending/{branch}"]) else None
+
+    def hung(self) -> list[str]:
+        """Addresses of servers that branches have reported since the last call as hung."""
+        told, self._told = self._told, self._store.add("hung", 0)
+        return [self._store.get(f"hung/{number}").decode() for number in range(told + 1, self._told + 1)]
 
     def lost(self, branch: str, reason: str) -> None:
         """Tell the others that a branch is gone."""

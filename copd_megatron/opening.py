@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +12,7 @@ from copd_megatron.actor import Actor, Teacher
 from copd_megatron.branch import Branch
 from copd_megatron.checkpointer import Checkpointer
 from copd_megatron.config import RunConfig
-from copd_megatron.config.engines import SGLangConfig
+from copd_megatron.config.engines import BASE
 from copd_megatron.data.capability import Capability, first, open_capability
 from copd_megatron.data.prompts import PromptBuilder, load_processor, stop_token_ids
 from copd_megatron.data.sampler import Sampler
@@ -23,19 +22,12 @@ from copd_megatron.exchange import Exchange
 from copd_megatron.objectives.branch_loss import branch_loss
 from copd_megatron.objectives.drift import drift_stats
 from copd_megatron.objectives.settings import LossSettings
+from copd_megatron.open_engines import OpenEngines
 from copd_megatron.policy import checkpoint, layout
 from copd_megatron.policy.trainer import Policy
 from copd_megatron.probe import Probe, probe_sampling
 from copd_megatron.resume import State, own_streams
 from copd_megatron.rewards.pool import RewardPool
-from copd_megatron.rollout.embedded import EmbeddedEngine
-from copd_megatron.rollout.engine import RolloutEngine
-from copd_megatron.rollout.sglang.broadcast import Broadcast
-from copd_megatron.rollout.sglang.client import Limits
-from copd_megatron.rollout.sglang.endpoints import BASE, read_endpoints
-from copd_megatron.rollout.sglang.engine import SGLangEngine
-from copd_megatron.rollout.sglang.shared_memory import SharedMemory
-from copd_megatron.rollout.sglang.transport import Transport
 from copd_megatron.rollout.types import Prompt, Sampling
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
@@ -65,9 +57,11 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
         precision.fp8_choice(),
     )
     saved = _load(policy, config, folder, name, resume) if resume else None
-    actor = probe = spokesman = None
+    actor = probe = frozen = spokesman = None
     if layout.is_replica_leader():
-        actor, probe = _open_actor(config, folder, name)
+        engines = OpenEngines(config, folder, name)
+        actor, probe = _open_actor(config, name, engines)
+        frozen = engines.frozen() if actor.sends else None
         if saved is not None:
             positions = own_streams(saved, layout.data_parallel_rank(), layout.data_parallel_size())
             for capability, position in positions.items():
@@ -89,6 +83,7 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
         probe,
         spokesman,
         Checkpointer(config, name, folder, policy, spokesman, resume),
+        frozen,
     )
 
 
@@ -103,7 +98,7 @@ def _load(policy: Policy, config: RunConfig, folder: RunFolder, name: str, step:
         raise WeightsError(f"{error}. {advice}") from error
 
 
-def _open_actor(config: RunConfig, folder: RunFolder, name: str) -> tuple[Actor, Probe]:
+def _open_actor(config: RunConfig, name: str, engines: OpenEngines) -> tuple[Actor, Probe]:
     teachers = [teacher for student, teacher in config.edges if student == name]
     observed = teachers or [branch.name for branch in config.branches if branch.name != name]
     test_size = config.eval.problems
@@ -134,19 +129,17 @@ def _open_actor(config: RunConfig, folder: RunFolder, name: str) -> tuple[Actor,
         for capability in capabilities.values()
     }
 
-    open_engine = _engines(config, folder, name)
-
     def teacher(peer: str, index: int) -> Teacher:
-        return Teacher(peer, index, open_engine(peer), config.opd.top_k, rollout.temperature)
+        return Teacher(peer, index, engines.of(peer), config.opd.top_k, rollout.temperature)
 
     peers = {peer: teacher(peer, index) for index, peer in enumerate(observed)}
     actor = Actor(
         branch=name,
         seed=config.seed,
         rank=rank,
-        engine=open_engine(name),
+        engine=engines.of(name),
         streams=streams,
-        teachers={peer: peers[peer] for peer in teachers},
+        teachers={peer: replace(peers[peer], engine=engines.as_teacher(peer, peers[peer].engine)) for peer in teachers},
         rewards=RewardPool(config.data.reward_workers, config.data.reward_seconds),
         sampling=sampling,
         normalise_std=config.rl.normalise_std,
@@ -164,32 +157,6 @@ def _open_actor(config: RunConfig, folder: RunFolder, name: str) -> tuple[Actor,
         sampling=probe_sampling(sampling),
     )
     return actor, probe
-
-
-def _engines(config: RunConfig, folder: RunFolder, own: str) -> Callable[[str], RolloutEngine]:
-    """What opens the engine of a branch, or of the base (which has its weights, as version 0), for branch `own`."""
-    rollout = config.rollout
-    if rollout.engine == "embedded":
-        return lambda owner: EmbeddedEngine(owner, config.base, load_weights=owner == BASE, max_rows=rollout.max_rows)
-    endpoints = read_endpoints(folder.endpoints)
-    settings = rollout.sglang
-    limits = Limits(settings.in_flight, settings.request_seconds)
-
-    def open_engine(owner: str) -> SGLangEngine:
-        transport = _transport(settings) if owner == own else None
-        engine = SGLangEngine(owner, config.base, endpoints[owner], transport, limits, settings.attempts)
-        if owner == BASE:
-            engine.follow(0)
-        return engine
-
-    return open_engine
-
-
-def _transport(settings: SGLangConfig) -> Transport:
-    size = settings.bucket_mib << 20
-    if settings.transport == "broadcast":
-        return Broadcast(size, settings.address or settings.host)
-    return SharedMemory(size)
 
 
 def _probe_prompts(capability: Capability, builder: PromptBuilder, count: int) -> list[Prompt]:

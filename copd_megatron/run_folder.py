@@ -31,6 +31,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
+        self.branches = self.path / "branches"
         self.snapshots = self.path / "snapshots"
         self.merged = self.path / "merged"
         self.evaluation = self.path / "evaluation.json"
@@ -39,7 +40,7 @@ class RunFolder:
 
     def branch(self, name: str) -> Path:
         """Everything one branch writes."""
-        return self.path / "branches" / name
+        return self.branches / name
 
     def checkpoints(self, name: str) -> Path:
         """A branch's checkpoints, one folder per step."""

@@ -50,6 +50,10 @@ class Spokesman:
         """The window of work that asks engines, which ends at `point`."""
         return Window(self._exchange, point, step, wait_seconds)
 
+    def hung(self, server: str) -> None:
+        """Tell the conductor of a server that says nothing any more."""
+        self._exchange.hung(server)
+
     def write(self, step: int, cycle: int, phase: str, values: dict[str, Any]) -> None:
         """One line of metrics, with what the hardware says."""
         self._metrics.write(step, cycle, phase, **values, **self._telemetry.sample())

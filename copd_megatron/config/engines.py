@@ -14,18 +14,27 @@ from copd_megatron.errors import ConfigError
 KEY_VARIABLE = "COPD_SGLANG_API_KEY"
 """Environment variable with the API key of external servers."""
 
+BASE = "base"
+"""Stands among the branches for the servers that keep the base's weights."""
+
 RESERVED = ("api-key", "dtype", "host", "model-path", "port", "tp-size", "trust-remote-code")
 """Server arguments that other settings decide, or that nobody should."""
+
+
+def frozen(branch: str) -> str:
+    """What the servers are called that keep the weights which `branch` had when Phase II began."""
+    return f"{branch}/frozen"
 
 
 class SGLangConfig(Section):
     """Servers of the engine `sglang`: started with the run, or already there."""
 
     servers: int = Field(1, ge=1)
-    """Servers that the run starts for each branch."""
+    """Servers that the run starts for each branch, for the base, and with teacher.refresh = phase for each teacher."""
     urls: dict[str, tuple[str, ...]] = Field({})
-    """Servers that are already there, by branch, and those of the base as `base`, e.g.
-    {text: ["http://10.0.0.1:30000"], image: […], base: […]}. Empty: the run starts its own."""
+    """Servers that are already there, by branch, those of the base as `base`, and with teacher.refresh = phase the
+    teachers' as `<branch>/frozen`, e.g. {text: ["http://10.0.0.1:30000"], image: […], base: […]}. Empty: the run
+    starts its own."""
     api_key_file: str | None = None
     """File with the external servers' API key; without it the environment variable COPD_SGLANG_API_KEY counts. The
     run's own servers get a new key each time."""
@@ -41,6 +50,9 @@ class SGLangConfig(Section):
     """How often a request is sent before the run gives up on it."""
     request_seconds: float = Field(1800.0, gt=0)
     """Longest wait for one answer."""
+    hang_seconds: float = Field(60.0, gt=0)
+    """A server that owes answers, has given none for so long and then none to a question after its health in the same
+    time either, has hung: it is lost, and started again if it is one of the run's own."""
     start_seconds: float = Field(600.0, gt=0)
     """Longest wait for a server to start, or to be there again."""
     max_restarts: int = Field(3, ge=0)
@@ -48,9 +60,9 @@ class SGLangConfig(Section):
     sleep: bool = False
     """Have servers give back their GPU memory while the policy trains on the same GPUs (needs
     args: {enable-memory-saver: true}); on a CPU they have nothing to give back."""
-    transport: Literal["shared_memory", "broadcast"] = "shared_memory"
+    transport: Literal["shared_memory", "broadcast", "files"] = "shared_memory"
     """Way of the weights to the servers: `shared_memory` where they run on the host of their branch's rank 0,
-    `broadcast` (NCCL, gloo) anywhere."""
+    `broadcast` (NCCL, gloo) anywhere, `files` where they only share the run directory's file system."""
     address: str | None = None
     """For `broadcast`: address at which servers reach rank 0; default `host`."""
     bucket_mib: int = Field(256, ge=1)

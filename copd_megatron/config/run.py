@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from copd_megatron.config.branches import BranchConfig, DataConfig, Edge
-from copd_megatron.config.engines import RolloutConfig
+from copd_megatron.config.engines import BASE, RolloutConfig, frozen
 from copd_megatron.config.section import Section
 from copd_megatron.config.training import (
     CheckpointConfig,
@@ -106,7 +106,7 @@ class RunConfig(Section):
 
     def _servers(self, names: list[str]) -> None:
         urls = self.rollout.sglang.urls
-        wanted = [*names, *(["base"] if self.log.kl_to_base else [])]
+        wanted = self.server_groups
         if urls and (missing := [name for name in wanted if not urls.get(name)]):
             raise ValueError(
                 f"rollout.sglang.urls: no servers for {', '.join(missing)}; servers of the base are not needed with "
@@ -114,13 +114,8 @@ class RunConfig(Section):
             )
         if unknown := sorted(set(urls) - set(wanted)):
             raise ValueError(f"rollout.sglang.urls: {', '.join(unknown)} is none of {', '.join(wanted)}")
-        if "base" in names:
-            raise ValueError("branches: with rollout.engine = sglang no branch can be called 'base'")
-        if self.teacher.refresh != "step":
-            raise ValueError(
-                "teacher.refresh = phase needs engines that keep old weights; SGLang servers have the newest: "
-                "use refresh = step, or the embedded engine"
-            )
+        if BASE in names:
+            raise ValueError(f"branches: with rollout.engine = sglang no branch can be called {BASE!r}")
 
     @property
     def edges(self) -> tuple[tuple[str, str], ...]:
@@ -128,6 +123,16 @@ class RunConfig(Section):
         if self.method == "merge_only":
             return ()
         return edges_of(self.topology, [branch.name for branch in self.branches])
+
+    @property
+    def server_groups(self) -> tuple[str, ...]:
+        """What each group of SGLang servers is called: a branch, a teacher that a phase keeps as it was, the base."""
+        teachers = {teacher for _, teacher in self.edges} if self.teacher.refresh == "phase" else set()
+        return (
+            *(branch.name for branch in self.branches),
+            *(frozen(branch.name) for branch in self.branches if branch.name in teachers),
+            *([BASE] if self.log.kl_to_base else []),
+        )
 
     @property
     def native_prompts(self) -> int:

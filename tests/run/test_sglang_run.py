@@ -45,6 +45,11 @@ def kill_server(command: Command, branch: str) -> None:
         os.kill(victim.pid, signal.SIGKILL)
 
 
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
 def values(command: Command, branch: str, key: str) -> list[float]:
     return [line[key] for line in command.lines(branch) if key in line]
 
@@ -109,8 +114,22 @@ def test_a_server_that_dies_again_and_again_stops_the_run_and_the_command_goes_o
     assert "continuing from step" in output
 
 
-def test_a_teacher_that_hangs_stops_the_run_at_a_checkpoint(tmp_path: Path, base: Path) -> None:
-    limits = {"request_seconds": 20, "attempts": 2, "start_seconds": 40}
+def test_a_server_that_hangs_is_replaced(tmp_path: Path, base: Path, undisturbed: Command) -> None:
+    command = Command(tmp_path, base, rollout={**SERVERS, "sglang": {"hang_seconds": 15}})
+    process = command.start()
+    command.wait_for(process, "text", lambda lines: any(line["step"] >= 3 for line in lines))
+    for victim in servers_of(command, "image"):
+        os.kill(victim.pid, signal.SIGSTOP)
+    status, output = command.finish(process, timeout=800)
+    assert status == 0, output
+    assert "a server of branch image hangs; killed" in output
+    for name in ("text", "image"):
+        assert values(command, name, "reward/mean") == values(undisturbed, name, "reward/mean")
+
+
+def test_a_teacher_that_stays_away_stops_the_run_at_a_checkpoint(tmp_path: Path, base: Path) -> None:
+    """It says nothing, and nobody takes it for hung before the wait for peers is over."""
+    limits = {"request_seconds": 20, "attempts": 2, "start_seconds": 40, "hang_seconds": 10_000}
     command = Command(tmp_path, base, rollout={**SERVERS, "sglang": limits}, teacher={"wait_seconds": 60})
     process = command.start()
     command.wait_for(process, "text", lambda lines: any(line["step"] >= 3 for line in lines))
@@ -121,3 +140,30 @@ def test_a_teacher_that_hangs_stops_the_run_at_a_checkpoint(tmp_path: Path, base
     assert status == 1
     assert time.monotonic() - started < 700
     assert "continues from step" in output
+
+
+def test_teachers_of_a_phase_survive_their_servers_and_the_run(tmp_path: Path, base: Path) -> None:
+    """The server that keeps what `image` knew is killed, then the whole run is interrupted in Phase II and goes on."""
+    changes = {
+        "rollout": SERVERS,
+        "teacher": {"refresh": "phase"},
+        "log": {"overlap_k": 5, "probe_every": 20, "probe_prompts": 4, "tensorboard": False, "kl_to_base": False},
+        "rhythm": {"cycles": 1, "explore_steps": 1, "exchange_steps": 8},
+    }
+    calm = Command(made(tmp_path / "calm"), base, **changes)
+    status, output = calm.finish(timeout=800)
+    assert status == 0, output
+    command = Command(made(tmp_path / "rough"), base, **changes)
+    process = command.start()
+    command.wait_for(process, "text", lambda lines: any(line["step"] >= 2 for line in lines))
+    kill_server(command, "image/frozen")
+    command.wait_for(process, "text", lambda lines: any(line["step"] >= 4 for line in lines))
+    process.send_signal(signal.SIGINT)
+    status, output = command.finish(process, timeout=800)
+    assert "a server of branch image/frozen died" in output
+    assert "the same command continues from step" in output
+    status, output = command.finish(timeout=800)
+    assert status == 0, output
+    for name in ("text", "image"):
+        assert values(command, name, "reward/mean") == values(calm, name, "reward/mean")
+        assert values(command, name, "opd/kl") == pytest.approx(values(calm, name, "opd/kl"), rel=1e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,10 @@ class ServerLost(Exception):
     """The server cannot be reached, or does not answer."""
 
 
+class HungServer(ServerLost):
+    """The server is there and says nothing."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Bounds of what is asked of one server."""
@@ -31,6 +36,8 @@ class Limits:
     """Requests at a time; the others wait here."""
     request_seconds: float = 1800.0
     """Longest wait for one answer."""
+    hang_seconds: float = 60.0
+    """Longest silence of a server that owes answers before it is asked for its health, and the wait for that."""
 
 
 @dataclass(eq=False)
@@ -42,6 +49,10 @@ class Server:
     limits: Limits
     lost: str | None = None
     """Why it is not asked any more, until it has been given weights again."""
+    hung: bool = False
+    """Whether it was lost because it said nothing any more."""
+    heard: float = 0.0
+    """When it answered last (`time.monotonic`)."""
     lost_since_joined: bool = False
     """Whether it was lost since it joined a process group (broadcast.py)."""
     waiting: int = 0
@@ -53,6 +64,7 @@ class Server:
     """Bytes of bodies."""
     _session: aiohttp.ClientSession | None = None
     _slots: asyncio.Semaphore = field(init=False)
+    _checking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
         self._slots = asyncio.Semaphore(self.limits.in_flight)
@@ -65,6 +77,32 @@ class Server:
                 return await self._exchange("POST", path, body or {}, seconds or self.limits.request_seconds)
         finally:
             self.waiting -= 1
+
+    async def post_watched(self, path: str, body: dict[str, Any]) -> Any:
+        """As `post`, but a server that hangs is told from one that takes long. Raises HungServer too."""
+        answer = asyncio.ensure_future(self.post(path, body))
+        try:
+            while not (await asyncio.wait([answer], timeout=self.limits.hang_seconds))[0]:
+                if not await self._speaks():
+                    raise HungServer(f"{self.url}: silent for {self.limits.hang_seconds:g} s, and then unhealthy")
+            return await answer
+        finally:
+            answer.cancel()
+
+    async def healthy(self, seconds: float = 20.0) -> bool:
+        """Whether it generates a token, or is generating some."""
+        try:
+            await self.get("/health_generate", seconds)
+        except (BadReply, ServerLost):
+            return False
+        return True
+
+    async def _speaks(self) -> bool:
+        """Whether it has answered anybody of late, or does now; asked once for all who wait for it."""
+        async with self._checking:
+            if time.monotonic() - self.heard < self.limits.hang_seconds:
+                return True
+            return await self.healthy(self.limits.hang_seconds)
 
     async def get(self, path: str, seconds: float) -> Any:
         """The JSON answer to a question without a body; it does not queue. Raises as `post`."""
@@ -97,9 +135,10 @@ class Server:
                 content = await response.read()
                 status = response.status
         except TimeoutError as error:
-            raise ServerLost(f"{self.url}{path}: no answer within {seconds:g} s") from error
+            raise HungServer(f"{self.url}{path}: no answer within {seconds:g} s") from error
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
             raise ServerLost(f"{self.url}{path}: {type(error).__name__}: {error}") from error
+        self.heard = time.monotonic()
         self.received += len(content)
         return self._answer(path, status, content)
 

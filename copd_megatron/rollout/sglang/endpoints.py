@@ -11,16 +11,14 @@ from pathlib import Path
 from copd_megatron.errors import CopdError
 from copd_megatron.files import write_atomic
 
-BASE = "base"
-"""Stands among the branches for the servers that keep the base's weights."""
-
 STARTING_WEIGHTS = "default"
 """What a server calls the weights that it was started with."""
 
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Servers of one branch. `run` sets the weights of this run apart from those of any other with the same numbers."""
+    """One group of servers (`RunConfig.server_groups`). `run` sets the weights of this run apart from those of any
+    other with the same numbers."""
 
     branch: str
     run: str

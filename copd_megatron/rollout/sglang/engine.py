@@ -116,6 +116,13 @@ class SGLangEngine:
         """Whether a server is not asked any more."""
         return any(server.lost is not None for server in self._pool.servers)
 
+    def newly_hung(self) -> set[str]:
+        """Addresses of the servers that have hung since the last call."""
+        found = {server.url for server in self._pool.servers if server.hung}
+        for server in self._pool.servers:
+            server.hung = False
+        return found
+
     def wait(self, seconds: float, every: bool = False) -> None:
         """Return when a server (or `every` one) answers, which takes it a second. Raises EngineLost after `seconds`."""
         there = background.run(self._pool.reachable(seconds, every))

@@ -10,15 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from copd_megatron.config import RunConfig
-from copd_megatron.config.engines import KEY_VARIABLE
+from copd_megatron.config.engines import BASE, KEY_VARIABLE
 from copd_megatron.errors import CopdError
-from copd_megatron.rollout.sglang.endpoints import BASE, Endpoints, write_endpoints
+from copd_megatron.rollout.sglang.endpoints import Endpoints, write_endpoints
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.run_lock import die_with_parent
 
@@ -41,11 +43,13 @@ class ServerProcess:
     """One server; `starts` counts how often it has been started."""
 
     branch: str
-    port: int
+    url: str
     command: list[str]
     environment: dict[str, str]
     log: Path
     starts: int = 0
+    started: float = 0.0
+    """When it was last started (`time.monotonic`)."""
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
@@ -62,6 +66,7 @@ class ServerProcess:
                 preexec_fn=die_with_parent,
             )
         self.starts += 1
+        self.started = time.monotonic()
 
     def ended(self) -> int | None:
         """Exit status, None while it runs."""
@@ -72,6 +77,11 @@ class ServerProcess:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
+
+    def wait(self) -> None:
+        """Return when it has ended."""
+        if self._process is not None:
+            self._process.wait()
 
     def stop(self) -> None:
         """End it, with force if it takes long."""
@@ -94,12 +104,11 @@ class Fleet:
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self._settings = config.rollout.sglang
         self._folder = folder
-        names = [branch.name for branch in config.branches] + ([BASE] if config.log.kl_to_base else [])
         run = secrets.token_hex(4)
         key = self._settings.api_key()
         self.processes: list[ServerProcess] = []
         endpoints = []
-        for name in names:
+        for name in config.server_groups:
             if self._settings.urls:
                 urls = self._settings.urls[name]
             else:
@@ -113,9 +122,11 @@ class Fleet:
         for process in self.processes:
             process.start()
 
-    def watch(self) -> list[str]:
-        """Start again what has died; one line for each. Raises CopdError if one dies too often."""
-        events = []
+    def watch(self, hung: Iterable[str] = ()) -> list[str]:
+        """Start again what has died, and what is said to be `hung` (addresses); one line for each. Raises CopdError
+        if one dies too often."""
+        accused = [process for url in hung for process in self.processes if process.url == url]
+        events = [f"a server of branch {process.branch} hangs; killed" for process in accused if self._end(process)]
         for process in self.processes:
             status = process.ended()
             if status is None:
@@ -131,6 +142,15 @@ class Fleet:
             events.append(f"a server of branch {process.branch} died (exit status {status}); started again")
             log.warning("%s; log: %s", events[-1], process.log)
         return events
+
+    def _end(self, process: ServerProcess) -> bool:
+        """Make an end of a server that is said to hang, if it can be true: several branches may tell of the same one,
+        and one that was started since is left alone."""
+        if process.ended() is not None or time.monotonic() - process.started < 2 * self._settings.hang_seconds:
+            return False
+        process.kill(signal.SIGKILL)
+        process.wait()
+        return True
 
     def stop(self) -> None:
         """End all of the run's own servers."""
@@ -165,10 +185,10 @@ class Fleet:
             "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "copd_megatron.rollout.sglang.processors",
             KEY_VARIABLE: key,
         }
-        folder = self._folder.path / BASE if branch == BASE else self._folder.branch(branch)
-        process = ServerProcess(branch, port, command, environment, folder / f"server_{number}.log")
+        log = (self._folder.path if branch == BASE else self._folder.branches) / branch / f"server_{number}.log"
+        process = ServerProcess(branch, f"http://{settings.host}:{port}", command, environment, log)
         self.processes.append(process)
-        return f"http://{settings.host}:{port}"
+        return process.url
 
 
 def _free_port(host: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from copd_megatron.errors import CopdError
 from copd_megatron.rollout.engine import EngineLost
-from copd_megatron.rollout.sglang.client import Server, ServerLost
+from copd_megatron.rollout.sglang.client import HungServer, Server, ServerLost
 from copd_megatron.rollout.sglang.wire import BadReply, BlindServer, StaleServer
 
 Result = TypeVar("Result")
@@ -48,14 +48,15 @@ class Pool:
                 pause = min(2 * pause, _LONGEST_PAUSE)
             server = self._choose(affinity)
             try:
-                return read(await server.post("/generate", body))
+                return read(await server.post_watched("/generate", body))
             except BlindServer as error:
                 raise CopdError(f"{server.url}: {error}") from error
             except StaleServer as error:
                 self.lose(server, f"it has the weights {error}, which are not those it was given last")
             except ServerLost as error:
-                if not await _healthy(server):
-                    self.lose(server, str(error))
+                hung = isinstance(error, HungServer)
+                if not await server.healthy():
+                    self.lose(server, str(error), hung)
                 failures.append(str(error))
             except BadReply as error:
                 self.counts["bad_reply"] += 1
@@ -65,11 +66,13 @@ class Pool:
             + "; ".join(dict.fromkeys(failures))
         )
 
-    def lose(self, server: Server, reason: str) -> None:
+    def lose(self, server: Server, reason: str, hung: bool = False) -> None:
         """Ask `server` no more, for this reason, until it has been given weights."""
         if server.lost is None:
             self.counts["lost"] += 1
+            self.counts["hung"] += hung
             server.lost = reason
+            server.hung = hung
             server.lost_since_joined = True
 
     def usable(self) -> list[Server]:
@@ -83,7 +86,7 @@ class Pool:
         """The servers that answer, waiting up to `seconds` for the first of them, or for `every` one."""
         deadline = time.monotonic() + seconds
         while True:
-            answers = await asyncio.gather(*(_healthy(server) for server in self.servers))
+            answers = await asyncio.gather(*(server.healthy() for server in self.servers))
             there = [server for server, answer in zip(self.servers, answers, strict=True) if answer]
             if len(there) == len(self.servers) or (there and not every) or time.monotonic() > deadline:
                 return there
@@ -94,11 +97,3 @@ class Pool:
         favourite = usable[affinity % len(usable)]
         idle = min(usable, key=lambda server: server.waiting)
         return favourite if favourite.waiting <= idle.waiting + _SLACK else idle
-
-
-async def _healthy(server: Server) -> bool:
-    try:
-        await server.get("/health_generate", seconds=20.0)
-    except (BadReply, ServerLost):
-        return False
-    return True

@@ -17,7 +17,7 @@ import torch
 
 from copd_megatron.rollout.engine import EngineLost
 from copd_megatron.rollout.sglang import background
-from copd_megatron.rollout.sglang.client import EngineRefused, Server, ServerLost
+from copd_megatron.rollout.sglang.client import EngineRefused, HungServer, Server, ServerLost
 from copd_megatron.rollout.sglang.pool import Pool
 from copd_megatron.rollout.sglang.transport import STEP_SECONDS, Bucket, Transport, succeeded
 from copd_megatron.rollout.sglang.wire import BadReply
@@ -46,6 +46,8 @@ def hand_over(pool: Pool, named: Iterable[tuple[str, torch.Tensor]], label: str,
         for _ in rest:
             pass
         raise
+    finally:
+        transport.clear()
 
 
 def buckets(named: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[Bucket]:
@@ -78,7 +80,7 @@ class _Update:
             try:
                 return await step(server)
             except (ServerLost, BadReply, EngineRefused) as error:
-                self._pool.lose(server, f"the hand-over of weights failed: {error}")
+                self._pool.lose(server, f"the hand-over of weights failed: {error}", isinstance(error, HungServer))
                 return None
 
         async def all_of_them(servers: list[Server]) -> list[Any]:

@@ -19,7 +19,7 @@ class Transport:
     """A way of weights to servers, bucket by bucket. Methods raise BadReply, ServerLost or EngineRefused.
 
     One hand-over: `open`, `begin` (per server); for every bucket `load`, `deliver` (per server); `close`, `end` (per
-    server). What is done per server runs side by side.
+    server); `clear`, also after a failure. What is done per server runs side by side.
     """
 
     def __init__(self, bucket_bytes: int) -> None:
@@ -50,6 +50,9 @@ class Transport:
     async def end(self, server: Server) -> None:
         """Have `server` take what it was given."""
         succeeded(await server.post("/end_weight_update", None, STEP_SECONDS))
+
+    def clear(self) -> None:
+        """No server reads what was made ready any more."""
 
 
 async def tensor_parallel(server: Server) -> int:

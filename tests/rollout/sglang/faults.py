@@ -16,12 +16,14 @@ class FaultyProxy:
     """Passes everything on to `target`; answers of `path` are spoiled as `plan` says, first entry first.
 
     500: an error of the server · reset: the connection ends before an answer · cut: it ends in the middle of one ·
-    hang: no answer · garbage: no JSON · short: the last token is missing · nan: a log-probability is NaN · other: the
-    tokens are others · deaf: the images were not seen
+    hang: no answer · slow: one after six seconds · garbage: no JSON · short: the last token is missing · nan: a
+    log-probability is NaN · other: the tokens are others · deaf: the images were not seen
     """
 
     def __init__(self, target: str) -> None:
         self.plan: list[str] = []
+        self.silent = False
+        """Whether nothing is answered, whatever the path."""
         self.path = "/generate"
         self.seen: Counter[str] = Counter()
         self._target = target
@@ -49,8 +51,11 @@ class FaultyProxy:
         fault = self.plan.pop(0) if self.plan and request.path == self.path else ""
         if fault == "500":
             return web.Response(status=500, text="Internal Server Error")
-        if fault == "hang":
+        if fault == "hang" or self.silent:
             await asyncio.sleep(3600)
+        if fault == "slow":
+            await asyncio.sleep(6)
+            fault = ""
         if fault == "reset":
             assert request.transport is not None
             request.transport.abort()

@@ -22,6 +22,7 @@ from copd_megatron.rollout.sglang.broadcast import Broadcast
 from copd_megatron.rollout.sglang.client import EngineRefused, Limits, Server
 from copd_megatron.rollout.sglang.endpoints import Endpoints
 from copd_megatron.rollout.sglang.engine import SGLangEngine
+from copd_megatron.rollout.sglang.files import Files
 from copd_megatron.rollout.sglang.shared_memory import SharedMemory
 from copd_megatron.rollout.types import Prompt, Rollout, Sampling
 from copd_megatron.weights.hf import HfFolder
@@ -284,14 +285,40 @@ def test_the_key_is_in_no_log(server: RunningServer, engine: SGLangEngine) -> No
     assert KEY not in repr(server.endpoints("text"))
 
 
-def test_weights_come_over_a_process_group_too(
-    server: RunningServer, folder: Path, other_folder: Path, prompts: list[Prompt]
+@pytest.mark.parametrize("way", ["group", "files"])
+def test_weights_come_by_other_ways_too(
+    way: str, server: RunningServer, folder: Path, other_folder: Path, prompts: list[Prompt], tmp_path: Path
 ) -> None:
-    engine = SGLangEngine("text", folder, server.endpoints("text", "group"), Broadcast(1 << 16, "127.0.0.1"))
+    between = tmp_path / "handover"
+    transport = Broadcast(1 << 16, "127.0.0.1") if way == "group" else Files(1 << 16, between)
+    engine = SGLangEngine("text", folder, server.endpoints("text", way), transport)
     for version, weights in enumerate([other_folder, folder, other_folder]):
         engine.update_weights(HfFolder(weights).tensors(), version)
         assert_greedy(engine, reference(weights), prompts[:3])
     engine.update_weights(HfFolder(folder).tensors(), version=3)
+    assert not between.exists()
+    engine.close()
+
+
+def test_files_of_a_hand_over_that_failed_are_never_read(
+    server: RunningServer, folder: Path, other_folder: Path, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    class Broken(Exception):
+        pass
+
+    def half() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from list(HfFolder(other_folder).tensors())[:5]
+        raise Broken
+
+    between = tmp_path / "handover"
+    between.mkdir()
+    (between / "model-00099.safetensors").write_text("left by one that was killed")
+    engine = SGLangEngine("text", folder, server.endpoints("text", "half"), Files(1 << 16, between))
+    with pytest.raises(Broken):
+        engine.update_weights(half(), version=0)
+    assert not between.exists()
+    engine.update_weights(HfFolder(folder).tensors(), version=1)
+    assert_greedy(engine, reference(folder), prompts[:2])
     engine.close()
 
 

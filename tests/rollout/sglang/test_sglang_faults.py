@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,29 @@ def test_a_spoiled_score_is_asked_for_again(
         assert one.logprobs.allclose(other.logprobs, atol=1e-5)
         assert one.top_ids.shape == other.top_ids.shape
     assert engine.counts()["retried"] == 1
+
+
+def test_a_slow_server_is_waited_for_and_a_silent_one_is_lost(
+    proxy: FaultyProxy, engine: SGLangEngine, folder: Path, prompts: list[Prompt], expected: list[Rollout]
+) -> None:
+    endpoints = Endpoints("text", "test", (proxy.url,), KEY)
+    patient = SGLangEngine("text", folder, endpoints, limits=Limits(request_seconds=600.0, hang_seconds=3.0))
+    patient.follow(engine.version)
+    proxy.plan = ["slow"]
+    assert [one.token_ids for one in patient.generate(prompts, SAMPLING, seed=2)] == [one.token_ids for one in expected]
+    assert patient.counts()["retried"] == 0
+    assert patient.newly_hung() == set()
+    proxy.silent = True
+    try:
+        began = time.monotonic()
+        with pytest.raises(EngineLost, match="silent for 3 s, and then unhealthy"):
+            patient.generate(prompts, SAMPLING, seed=2)
+        assert time.monotonic() - began < 60
+    finally:
+        proxy.silent = False
+    assert patient.newly_hung() == {proxy.url}
+    assert patient.newly_hung() == set()
+    patient.close()
 
 
 def test_a_server_that_never_makes_sense_is_given_up_with_its_words(

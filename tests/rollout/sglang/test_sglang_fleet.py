@@ -52,8 +52,9 @@ def test_each_branch_and_the_base_get_servers_with_a_key_that_only_their_user_ca
     assert endpoints["base"].fixed
     assert not endpoints["text"].fixed
     urls = [url for name in ("text", "image", "base") for url in endpoints[name].urls]
-    assert urls == [f"http://127.0.0.1:{process.port}" for process in fleet.processes]
+    assert urls == [process.url for process in fleet.processes]
     assert len(set(urls)) == 6
+    assert urls == [f"http://127.0.0.1:{argument(process, 'port')}" for process in fleet.processes]
     key = endpoints["text"].key
     assert key
     assert len(key) > 30
@@ -110,12 +111,27 @@ def test_servers_that_are_already_there_are_not_started(
             {"rollout": {"sglang": {"urls": {n: ["http://a:1"] for n in ("text", "image", "base", "video")}}}},
             "video is none of text, image, base",
         ),
-        ({"teacher": {"refresh": "phase"}}, "use refresh = step"),
+        (
+            {
+                "rollout": {"sglang": {"urls": {n: ["http://a:1"] for n in ("text", "image", "base", "text/frozen")}}},
+                "teacher": {"refresh": "phase"},
+            },
+            "no servers for image/frozen",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         config(**changes)
+
+
+def test_teachers_of_a_phase_have_servers_of_their_own(folder: RunFolder) -> None:
+    one_way = config(teacher={"refresh": "phase"}, topology=[{"student": "image", "teacher": "text"}])
+    fleet = Fleet(one_way, folder)
+    assert [process.branch for process in fleet.processes] == ["text", "image", "text/frozen", "base"]
+    assert len({process.log for process in fleet.processes}) == 4
+    endpoints = read_endpoints(folder.endpoints)
+    assert endpoints["text/frozen"].label(3) != endpoints["text"].label(3)
 
 
 def test_without_a_base_server_the_base_needs_no_address() -> None:
@@ -156,6 +172,19 @@ def test_a_server_that_dies_is_started_again_so_often_and_no_more(make_fleet: An
     with pytest.raises(CopdError, match=r"(?s)has died 3 times, at last with exit status 3.*no GPU here"):
         until(fleet.watch)
     assert process.starts == 3
+
+
+def test_a_server_that_hangs_is_started_again_once(make_fleet: Any) -> None:
+    fleet, process = make_fleet("import time; time.sleep(600)", max_restarts=3)
+    assert fleet.watch(hung=[process.url]) == [], "it has not been there long enough to have hung"
+    process.started -= 1000
+    assert fleet.watch(hung=["http://127.0.0.1:9", process.url, process.url]) == [
+        "a server of branch text hangs; killed",
+        "a server of branch text died (exit status -9); started again",
+    ]
+    assert process.ended() is None
+    assert fleet.watch(hung=[process.url]) == [], "another branch tells of the same"
+    assert process.starts == 2
 
 
 def test_a_fleet_ends_with_everything_that_it_has_started(make_fleet: Any, tmp_path: Path) -> None:

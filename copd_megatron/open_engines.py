@@ -1,0 +1,65 @@
+"""The engines that a branch's configuration asks for: its own, its peers', and those that keep older weights."""
+
+from __future__ import annotations
+
+from copd_megatron.config import RunConfig
+from copd_megatron.config.engines import BASE, SGLangConfig, frozen
+from copd_megatron.rollout.embedded import EmbeddedEngine
+from copd_megatron.rollout.engine import RolloutEngine
+from copd_megatron.rollout.sglang.broadcast import Broadcast
+from copd_megatron.rollout.sglang.client import Limits
+from copd_megatron.rollout.sglang.endpoints import read_endpoints
+from copd_megatron.rollout.sglang.engine import SGLangEngine
+from copd_megatron.rollout.sglang.files import Files
+from copd_megatron.rollout.sglang.shared_memory import SharedMemory
+from copd_megatron.rollout.sglang.transport import Transport
+from copd_megatron.run_folder import RunFolder
+
+
+class OpenEngines:
+    """Opens engines for branch `own`."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, own: str) -> None:
+        self._config = config
+        self._folder = folder
+        self._own = own
+        self._shared = config.rollout.engine == "sglang"
+        self._endpoints = read_endpoints(folder.endpoints) if self._shared else {}
+
+    def of(self, owner: str) -> RolloutEngine:
+        """The engine of a branch, or of the base (which has its weights, as version 0)."""
+        if self._shared:
+            return self._servers(owner, owner)
+        rows = self._config.rollout.max_rows
+        return EmbeddedEngine(owner, self._config.base, load_weights=owner == BASE, max_rows=rows)
+
+    def as_teacher(self, peer: str, observed: RolloutEngine) -> RolloutEngine:
+        """The engine that teaches what `peer` knows: `observed`, its own, unless servers keep what it knew."""
+        return self._servers(frozen(peer), peer) if frozen(peer) in self._endpoints else observed
+
+    def frozen(self) -> SGLangEngine | None:
+        """The servers that keep for a phase what this branch knew at its beginning; None if none do."""
+        group = frozen(self._own)
+        return self._servers(group, self._own) if group in self._endpoints else None
+
+    def _servers(self, group: str, owner: str) -> SGLangEngine:
+        settings = self._config.rollout.sglang
+        engine = SGLangEngine(
+            owner,
+            self._config.base,
+            self._endpoints[group],
+            self._transport(settings, group) if owner == self._own else None,
+            Limits(settings.in_flight, settings.request_seconds, settings.hang_seconds),
+            settings.attempts,
+        )
+        if owner == BASE:
+            engine.follow(0)
+        return engine
+
+    def _transport(self, settings: SGLangConfig, group: str) -> Transport:
+        size = settings.bucket_mib << 20
+        if settings.transport == "files":
+            return Files(size, self._folder.branches.resolve() / group / "handover")
+        if settings.transport == "broadcast":
+            return Broadcast(size, settings.address or settings.host)
+        return SharedMemory(size)
