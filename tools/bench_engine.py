@@ -2,10 +2,13 @@
 
     make bench-engine     (python tools/bench_engine.py --json docs/benchmarks/engine.json --doc docs/sglang.md)
 
-A real server of the mini model is started on this machine, and one process asks it. First both engines are held to the
-same greedy tokens, scores and weights. Then:
+Real servers run on this machine, and one process asks them. With the mini model both engines are first held to the same
+greedy tokens, scores and weights; then
 
-- rollouts and scored tokens per second with 1, 8 and 32 sequences at a time, for both engines;
+- rollouts and scored tokens per second with 1, 8 and 32 sequences at a time, for both engines.
+
+With a random model of 117 million parameters and a vocabulary of 32,768:
+
 - bytes of an answer per scored token, top-k as nested lists, flat lists and base64, with equal values;
 - what the client adds: its time per answer beside the server's own (`e2e_latency`);
 - what scores cost: a scored sequence beside the same one without scores (its prefill alone);
@@ -20,11 +23,13 @@ import argparse
 import json
 import os
 import platform as machine
+import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
@@ -35,11 +40,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import doc_table
 import from_checkout  # noqa: F401 - makes the project importable
 import torch
+from bench_model import Shape, write_model
 
 from copd_megatron.config.load import check
 from copd_megatron.config.run import RunConfig
 from copd_megatron.files import write_atomic
 from copd_megatron.rollout.embedded import EmbeddedEngine
+from copd_megatron.rollout.engine import EngineLost
 from copd_megatron.rollout.sglang import background, wire
 from copd_megatron.rollout.sglang.client import Limits, Server
 from copd_megatron.rollout.sglang.endpoints import read_endpoints
@@ -51,7 +58,8 @@ from copd_megatron.run_folder import RunFolder
 from copd_megatron.weights.hf import HfFolder
 
 AT_ONCE = (1, 8, 32)
-RESPONSE, TOP_K = 64, 32
+RESPONSE, TOP_K = 64, 64
+WIDE = Shape(hidden=1024, layers=4, heads=16, groups=8, head_dim=64, mlp=3072, vocabulary=32_768)
 FORMS = {
     "nested": {"return_flat_raw_top_logprobs": False, "return_flat_raw_top_logprobs_b64": False},
     "flat": {"return_flat_raw_top_logprobs": True, "return_flat_raw_top_logprobs_b64": False},
@@ -92,20 +100,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(scratch: Path, repeats: int) -> dict[str, Any]:
-    """Start the server and take all measurements."""
+    """Start the servers and take all measurements."""
     from copd_megatron.data.mini.model import build
 
-    model = scratch / "model"
-    build(model, seed=0)
+    mini, wide = scratch / "mini", scratch / "wide"
+    build(mini, seed=0)
+    write_model(wide, WIDE)
+    for file in mini.iterdir():  # its tokenizer and processor
+        if not (wide / file.name).exists():
+            shutil.copy(file, wide / file.name)
+    with _served(mini) as (engine, _):
+        embedded = EmbeddedEngine("text", mini)
+        engine.update_weights(HfFolder(mini).tensors(), version=0)
+        prompts = [_prompt(embedded, number) for number in range(max(AT_ONCE))]
+        check_equality(engine, embedded, prompts)
+        speed = [asdict(_speed(engine, embedded, prompts, count, repeats)) for count in AT_ONCE]
+    with _served(wide) as (engine, server):
+        weights = dict(HfFolder(wide).tensors())
+        engine.update_weights(weights.items(), version=0)
+        prompt = Prompt("bench", "text", tuple(range(100, 164)), "", "exact", "")
+        return {"speed": speed, **_wire(server, engine, prompt, repeats), **_hand_over(engine, weights, repeats)}
+
+
+@contextmanager
+def _served(model: Path) -> Iterator[tuple[SGLangEngine, Server]]:
+    """An engine on a server of `model`, and the server itself."""
+    run = model.parent / f"run_{model.name}"
     config = check(
         {
             "base": str(model),
-            "run_dir": str(scratch / "run"),
+            "run_dir": str(run),
             "branches": [{"name": "text", "data": {"mini": {"modality": "text"}}}],
             "topology": "none",
             "precision": {"params": "fp32"},
-            "rollout": {"engine": "sglang", "max_new_tokens": RESPONSE},
-            "data": {"max_prompt_tokens": 256},
+            "rollout": {"engine": "sglang", "max_new_tokens": RESPONSE, "sglang": {"max_restarts": 0}},
+            "data": {"max_prompt_tokens": 1024},
             "log": {"kl_to_base": False},
         },
         RunConfig,
@@ -118,23 +147,21 @@ def measure(scratch: Path, repeats: int) -> dict[str, Any]:
     try:
         endpoints = read_endpoints(folder.endpoints)["text"]
         engine = SGLangEngine("text", model, endpoints, SharedMemory(256 << 20))
-        engine.wait(600.0)
-        embedded = EmbeddedEngine("text", model)
-        weights = dict(HfFolder(model).tensors())
-        engine.update_weights(weights.items(), version=0)
-        prompts = [_prompt(embedded, number) for number in range(max(AT_ONCE))]
-        check_equality(engine, embedded, prompts)
+        _wait(engine, fleet)
         server = Server(endpoints.urls[0], endpoints.key, Limits())
-        result = {
-            "speed": [asdict(_speed(engine, embedded, prompts, count, repeats)) for count in AT_ONCE],
-            **_wire(server, engine, prompts[0], repeats),
-            **_hand_over(engine, weights, repeats),
-        }
+        yield engine, server
         background.run(server.close())
         engine.close()
     finally:
         fleet.stop()
-    return result
+
+
+def _wait(engine: SGLangEngine, fleet: Fleet) -> None:
+    while True:
+        try:
+            return engine.wait(5.0)
+        except EngineLost:
+            fleet.watch()  # raises with the end of its log if it died
 
 
 def check_equality(engine: SGLangEngine, embedded: EmbeddedEngine, prompts: Sequence[Prompt]) -> None:
@@ -180,7 +207,7 @@ def _wire(server: Server, engine: SGLangEngine, prompt: Prompt, repeats: int) ->
         sizes[form] = server.received / RESPONSE
     plain = {key: value for key, value in body.items() if key in ("input_ids", "sampling_params")}
     ours, servers, bare = [], [], []
-    for _ in range(10 * repeats):
+    for _ in range(3 * repeats):
         background.run(server.post("/flush_cache"))
         reply, seconds = _timed(lambda: background.run(server.post("/generate", body)))
         ours.append(seconds)

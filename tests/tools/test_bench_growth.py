@@ -31,7 +31,7 @@ def case(folder: Path, **layout: int) -> Case:
 def check_measured(row: dict[str, Any]) -> None:
     assert len(row["seconds"]) == 1
     assert row["tokens_per_second_per_process"] == pytest.approx(16 / row["seconds"][0])
-    assert row["peak_mib"] > row["before_model_mib"] > 0
+    assert min(row["peak_mib"], row["before_model_mib"]) > 0
     assert sum(row["split"].values()) == pytest.approx(1, abs=0.05)
     assert row["split"]["matrix products"] > 0
 
@@ -49,6 +49,7 @@ def test_two_processes_compute_what_one_does(folder: Path) -> None:
     check_same([alone], pair, 1e-5)
     for each in (alone, pair):
         check_measured(each)
+        assert each["peak_mib"] > each["before_model_mib"], "fresh processes grow"
     assert alone["split"]["communication"] < 0.01 < pair["split"]["communication"]
 
 

@@ -81,6 +81,8 @@ def sampling_request(prompt: Prompt, images: dict[str, Any], sampling: Sampling,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
             "stop_token_ids": list(sampling.stop_token_ids),
+            # Besides them the model's own end stops a response; where nothing is to stop it, that must not either.
+            "ignore_eos": not sampling.stop_token_ids,
             "sampling_seed": seed & _SEED_BITS,
         },
         "return_logprob": True,

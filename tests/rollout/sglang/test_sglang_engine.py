@@ -150,6 +150,12 @@ def test_rollouts_depend_on_their_seed_alone(engine: SGLangEngine, prompts: list
     assert [rollout.prompt.uid for rollout in first] == [prompt.uid for prompt in prompts for _ in range(3)]
 
 
+def test_without_stop_tokens_nothing_ends_a_response_early(engine: SGLangEngine, prompts: list[Prompt]) -> None:
+    rollouts = engine.generate(prompts[:1], replace(SAMPLED, max_new_tokens=60, stop_token_ids=(), n=16), seed=4)
+    assert {(len(rollout.token_ids), rollout.finish) for rollout in rollouts} == {(60, "length")}
+    assert any(END in rollout.token_ids for rollout in rollouts), "no response has passed the model's own end"
+
+
 def test_new_weights_are_those_that_answer(
     engine: SGLangEngine, folder: Path, other_folder: Path, prompts: list[Prompt]
 ) -> None:
@@ -220,7 +226,6 @@ def test_nobody_meets_weights_of_two_versions(
         while not over.is_set():
             seed += 1
             body = wire.sampling_request(prompt, {}, sampling, seed)
-            body["sampling_params"]["ignore_eos"] = True
             replies.append(post(server, "/generate", body))
 
     first = engine.version + 1
