@@ -87,8 +87,8 @@ class _Partition(Function):
         logits, listed, order, logprobs, tail, peak, log_z = ctx.saved_tensors
         grad = grad.gather(-1, order)
         common = -(grad.sum(-1) + grad_tail)
-        # A tail without mass has no column that could move it.
-        slope = common + torch.where(tail > -torch.inf, grad_tail * (-tail).exp(), 0.0)
+        # A tail without mass has no column that could move it; of less than exp(−80), 1 / mass would overflow.
+        slope = common + torch.where(tail > -torch.inf, grad_tail * (-tail.clamp(min=-80.0)).exp(), 0.0)
         first = torch.searchsorted(listed, listed)
         per_id = torch.zeros_like(grad).scatter_add_(-1, first, grad).gather(-1, first)
         scale = 1 / ctx.temperature

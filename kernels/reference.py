@@ -158,7 +158,8 @@ def with_tail(top_logprobs: torch.Tensor) -> torch.Tensor:
 
     The last entry, the tail bucket, is log(1 − Σ exp(top)), floored at `TAIL_FLOOR`; computed as log(−expm1(Σ)),
     which is log1p(−exp(Σ)) with better rounding where the top holds nearly everything. Below the floor the tail is
-    a constant without gradient. Where the logits are there, `tail_logprob` is better.
+    a constant without gradient. It is for teachers, of whom no more is known: where the logits are there, the tail is
+    `tail_logprob`.
     """
     total = torch.logsumexp(top_logprobs, dim=-1, keepdim=True).clamp(max=math.log1p(-TAIL_FLOOR))
     return torch.cat([top_logprobs, torch.log(-torch.expm1(total))], dim=-1)
@@ -171,23 +172,20 @@ def floor_tail(tail_logprob: torch.Tensor) -> torch.Tensor:
 
 def partition_kl(
     student_top_logprobs: torch.Tensor,
+    student_tail: torch.Tensor,
     teacher_top_logprobs: torch.Tensor,
     kind: Divergence,
     jsd_beta: float = 0.5,
-    student_tail: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`divergence` over K outcomes and one bucket for all others; [T, K] log-probabilities at the same ids → [T].
 
     It is a divergence of two whole distributions, so up to `TAIL_FLOOR` it is never negative, zero only where they
     agree on every bucket, and never above the divergence over the whole vocabulary, which it equals when the K outcomes
     are all there are. Without the bucket this does not hold (docs/method.md, pitfalls 2, 3 and 4). `student_tail` [T]
-    is the log-probability of the student's bucket where it is known, else it is 1 − Σ.
+    is the log-probability of the student's bucket, summed from the logits; the teacher's is 1 − Σ.
     """
-    student = widen(student_top_logprobs)
-    if student_tail is None:
-        student = with_tail(student)
-    else:
-        student = torch.cat([student, floor_tail(student_tail)[..., None]], dim=-1)
+    tail = floor_tail(widen(student_tail))
+    student = torch.cat([widen(student_top_logprobs), tail[..., None]], dim=-1)
     return divergence(student, with_tail(widen(teacher_top_logprobs)), kind, jsd_beta)
 
 
@@ -211,7 +209,7 @@ def topk_kl(
         return renormalised_kl(top, teacher_logprobs, kind, jsd_beta)
     student = torch.log_softmax(at_temperature(student_logits, temperature), dim=-1)
     top = student.gather(-1, teacher_ids)
-    return partition_kl(top, teacher_logprobs, kind, jsd_beta, tail_logprob(student, teacher_ids))
+    return partition_kl(top, tail_logprob(student, teacher_ids), teacher_logprobs, kind, jsd_beta)
 
 
 def renormalised_kl(

@@ -69,4 +69,4 @@ def topk_kl(
     """`reference.topk_kl` with a tail bucket, of logits [T, Vp]."""
     student = log_softmax(student_logits, temperature, part)
     top = logprobs_at(student, teacher_ids, part)
-    return reference.partition_kl(top, teacher_logprobs, kind, jsd_beta, tail_logprob(student, teacher_ids, part))
+    return reference.partition_kl(top, tail_logprob(student, teacher_ids, part), teacher_logprobs, kind, jsd_beta)

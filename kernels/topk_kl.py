@@ -143,7 +143,7 @@ def _by_partition(
     leaf = logits.detach().requires_grad_() if now else logits
     with torch.set_grad_enabled(now or torch.is_grad_enabled()):
         student = partition(leaf, ids, temperature, part, weights, overwrite=gradient == "overwrite")
-        loss = reference.partition_kl(student.logprobs, logprobs, kind, jsd_beta, student.tail)
+        loss = reference.partition_kl(student.logprobs, student.tail, logprobs, kind, jsd_beta)
         if weights is not None:
             loss = loss.masked_fill(weights == 0, 0.0) * weights
     if not now:

@@ -73,6 +73,7 @@ def branch_loss(
         importance=importance[cross],
         teacher_logprobs=old[cross] if signals.teacher_logprobs is None else signals.teacher_logprobs[cross],
         top_logprobs=student.top_logprobs[cross],
+        tail=student.tail[cross],
         teacher_top_logprobs=teacher_top_logprobs[cross],
     )
     if cross.numel():
@@ -91,6 +92,7 @@ def branch_loss(
             cross,
             top_ids[cross],
             tokens.top_logprobs.detach(),
+            tokens.tail.detach(),
             tokens.teacher_top_logprobs,
             signals.source[cross],
             settings,
@@ -103,7 +105,7 @@ def branch_loss(
 @torch.no_grad()
 def _teacher_stats(tokens: CrossTokens) -> Stats:
     if tokens.top_logprobs.shape[-1]:
-        kl = partition_kl(tokens.top_logprobs, tokens.teacher_top_logprobs, "reverse")
+        kl = partition_kl(tokens.top_logprobs, tokens.tail, tokens.teacher_top_logprobs, "reverse")
     else:
         kl = sampled_kl(tokens.old_logprobs, tokens.teacher_logprobs)
     return {"opd/delta": total(tokens.teacher_logprobs - tokens.old_logprobs), "opd/kl": total(kl)}

@@ -21,8 +21,8 @@ class CrossTokens:
 
     Of the sampled tokens: the student's `logprobs` [N] with gradient, its `old_logprobs` [N] before the first update on
     this batch, `importance` [N] (`correction.importance_weights`) and the teacher's `teacher_logprobs` [N]. Of the
-    teacher's top-k: the student's `top_logprobs` [N, K] with gradient and the `teacher_top_logprobs` [N, K]; K = 0 if
-    the teacher was not asked for them.
+    teacher's top-k: the student's `top_logprobs` [N, K] and its `tail` [N], that of all other tokens together, with
+    gradient, and the `teacher_top_logprobs` [N, K]; K = 0 if the teacher was not asked for them.
     """
 
     logprobs: torch.Tensor
@@ -30,6 +30,7 @@ class CrossTokens:
     importance: torch.Tensor
     teacher_logprobs: torch.Tensor
     top_logprobs: torch.Tensor
+    tail: torch.Tensor
     teacher_top_logprobs: torch.Tensor
 
 
@@ -73,7 +74,9 @@ def _divergence(tokens: CrossTokens, settings: LossSettings, kind: Divergence) -
         raise ValueError(
             f"opd.loss {settings.opd_loss} needs the teacher's top-k, and the teacher was not asked for it"
         )
-    return settings.beta * partition_kl(tokens.top_logprobs, tokens.teacher_top_logprobs, kind, settings.jsd_beta)
+    return settings.beta * partition_kl(
+        tokens.top_logprobs, tokens.tail, tokens.teacher_top_logprobs, kind, settings.jsd_beta
+    )
 
 
 OPD_LOSSES: Mapping[OpdLoss, Callable[[CrossTokens, LossSettings], torch.Tensor]] = {

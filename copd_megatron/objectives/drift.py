@@ -11,7 +11,7 @@ from copd_megatron.objectives.correction import sampled_kl
 from copd_megatron.objectives.settings import LossSettings
 from copd_megatron.objectives.token_stats import overlap
 from copd_megatron.objectives.totals import Stats, total, totals_by
-from copd_megatron.objectives.vocabulary import Vocabulary, logprobs_at
+from copd_megatron.objectives.vocabulary import Vocabulary, partition_at
 from copd_megatron.policy.packed import Signals
 
 LOW_SUPPORT = -5.0
@@ -42,6 +42,7 @@ def pair_stats(
     rows: torch.Tensor,
     top_ids: torch.Tensor,
     student_top: torch.Tensor,
+    student_tail: torch.Tensor,
     teacher_top: torch.Tensor,
     teacher: torch.Tensor,
     settings: LossSettings,
@@ -49,14 +50,15 @@ def pair_stats(
 ) -> Stats:
     """`overlap/t`, `symkl/t` and `kl_forward/t` (see `drift_stats`) for each teacher index t.
 
-    Of `logits` [R, Vp] the `rows` int64 [N], the teachers' `top_ids` [N, K] and the log-probabilities [N, K] of both
-    sides at them; `teacher` int64 [N] says whose they are. Everything is (0, 0) if K = 0.
+    Of `logits` [R, Vp] the `rows` int64 [N], the teachers' `top_ids` [N, K], the log-probabilities [N, K] of both sides
+    at them and the student's of all other tokens, `student_tail` [N]; `teacher` int64 [N] says whose they are.
+    Everything is (0, 0) if K = 0.
     """
     if top_ids.shape[-1] == 0:
         return _nothing(settings, logits.device)
     overlaps = overlap(logits, top_ids, settings.overlap_k, vocabulary, rows)
-    reverse = partition_kl(student_top, teacher_top, "reverse")
-    forward = partition_kl(student_top, teacher_top, "forward")
+    reverse = partition_kl(student_top, student_tail, teacher_top, "reverse")
+    forward = partition_kl(student_top, student_tail, teacher_top, "forward")
     totals = [totals_by(teacher, values, settings.teachers) for values in (overlaps, reverse + forward, forward)]
     return {
         f"{name}/{index}": pairs[index]
@@ -90,9 +92,18 @@ def drift_stats(
     top_ids, teacher_logprobs = teacher_top(signals)
     if top_ids.shape[-1] == 0:
         raise ValueError("drift needs the teacher's top-k at every scored token, and the teacher was not asked for it")
-    student, _, _ = logprobs_at(logits, top_ids, settings.temperature, vocabulary, entropy=False)
-    teacher = signals.source[rows]
-    return pair_stats(logits, rows, top_ids[rows], student[rows], teacher_logprobs[rows], teacher, settings, vocabulary)
+    student = partition_at(logits, top_ids, settings.temperature, vocabulary, entropy=False)
+    return pair_stats(
+        logits,
+        rows,
+        top_ids[rows],
+        student.logprobs[rows],
+        student.tail[rows],
+        teacher_logprobs[rows],
+        signals.source[rows],
+        settings,
+        vocabulary,
+    )
 
 
 def low_support(

@@ -9,22 +9,23 @@ import torch
 from copd_kernels import reference, topk
 from copd_kernels.arguments import MAX_K
 from copd_kernels.choice import on_triton
-from copd_megatron.objectives.vocabulary import Vocabulary, logprobs_at, ranks_of
+from copd_megatron.objectives.vocabulary import Vocabulary, partition_at, ranks_of
 
 
 @dataclass(frozen=True)
 class TokenStats:
     """What the objectives know about the student at each response token, float32.
 
-    `logprob` [R] of the target and `top_logprobs` [R, K] of given ids (K = 0 without any) carry a gradient; `entropy`
-    [R] in nats and `logsumexp` [R] do not. All are of the full vocabulary at the temperature (docs/method.md,
-    pitfall 6).
+    `logprob` [R] of the target, `top_logprobs` [R, K] of given ids (K = 0 without any) and `tail` [R] of all tokens but
+    those ids together, summed from the logits, carry a gradient; `entropy` [R] in nats and `logsumexp` [R] do not. All
+    are of the full vocabulary at the temperature (docs/method.md, pitfall 6).
     """
 
     logprob: torch.Tensor
     entropy: torch.Tensor
     logsumexp: torch.Tensor
     top_logprobs: torch.Tensor
+    tail: torch.Tensor
 
 
 def token_stats(
@@ -38,9 +39,14 @@ def token_stats(
 
     Raises ValueError unless `temperature` > 0.
     """
-    wanted = targets[:, None] if top_ids is None else torch.cat([targets[:, None], top_ids], dim=-1)
-    logprobs, entropy, logsumexp = logprobs_at(logits, wanted, temperature, vocabulary)
-    return TokenStats(logprob=logprobs[:, 0], entropy=entropy, logsumexp=logsumexp, top_logprobs=logprobs[:, 1:])
+    top_ids = targets.new_empty(len(targets), 0) if top_ids is None else top_ids
+    wanted = torch.cat([targets[:, None], top_ids], dim=-1)
+    found = partition_at(logits, wanted, temperature, vocabulary, tail=top_ids.shape[1] > 0)
+    logprob, top_logprobs = found.logprobs[:, 0], found.logprobs[:, 1:]
+    # The target is listed too; unless it is one of the ids, it belongs to their tail.
+    tail = torch.logaddexp(found.tail, reference.floor_never(logprob))
+    tail = torch.where((top_ids == targets[:, None]).any(-1), found.tail, tail)
+    return TokenStats(logprob, found.entropy, found.logsumexp, top_logprobs, tail)
 
 
 def overlap(

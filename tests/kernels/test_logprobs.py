@@ -22,7 +22,7 @@ from copd_megatron.objectives.branch_loss import branch_loss
 from copd_megatron.objectives.settings import LossSettings
 
 sys.path.append(str(Path(__file__).parents[1] / "objectives"))
-from batches import random_batch
+from batches import random_batch, sharp_batch
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -50,13 +50,22 @@ def test_logprobs_tail_and_entropy_are_the_reference_s(case, n, seed):
     assert_gradient(torch.autograd.grad(losses[0], student)[0], expected, case)
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_a_tail_whose_inverse_float32_does_not_have_gives_no_nan():
+    logits = torch.tensor([[0.0, -95.0, -96.0]], requires_grad=True)
+    found = partition(logits, torch.tensor([[0]]))
+    assert found.tail.item() == pytest.approx(-94.687, abs=1e-2)
+    (gradient,) = torch.autograd.grad(found.logprobs.sum() + 0 * found.tail.sum(), logits)
+    torch.testing.assert_close(gradient, torch.zeros(1, 3))
+
+
 SETTINGS = [LossSettings(opd_loss=loss, temperature=0.7, overlap_k=3, teachers=2)
             for loss in ("sampled", "topk_reverse", "topk_forward", "jsd")]  # fmt: skip
 
 
+@pytest.mark.parametrize("batch", [random_batch(), sharp_batch(1e-5)], ids=["plain", "small tails"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: settings.opd_loss)
-def test_the_kernels_give_a_branch_s_loss_gradient_and_statistics(settings, interpreted, monkeypatch):
-    batch = random_batch()
+def test_the_kernels_give_a_branch_s_loss_gradient_and_statistics(settings, batch, interpreted, monkeypatch):
     logits = batch.logits.detach().float()
     results = {}
     for run in ("reference", "triton"):
@@ -97,7 +106,8 @@ def test_a_gpu_s_logits_go_to_the_kernels_with_the_same_arguments(monkeypatch):
 
     batch = random_batch()
     logits, ids = batch.logits.detach().float(), batch.signals.teacher_top_ids
-    fake = Partition(*reference.logprobs_at(logits, torch.cat([batch.targets[:, None], ids], -1)), torch.zeros(12))
+    logprobs, entropy, logsumexp = reference.logprobs_at(logits, torch.cat([batch.targets[:, None], ids], -1))
+    fake = Partition(logprobs, torch.full((12,), -3.0), entropy, logsumexp)
     monkeypatch.setattr(vocabulary, "on_triton", lambda tensor: True)
     monkeypatch.setattr(dispatch, "on_triton", lambda tensor: True)
     monkeypatch.setattr(vocabulary, "partition", record(partition, fake))
@@ -106,6 +116,9 @@ def test_a_gpu_s_logits_go_to_the_kernels_with_the_same_arguments(monkeypatch):
     stats = dispatch.token_stats(logits, batch.targets, 0.7, ids)
     assert stats.entropy is fake.entropy
     assert torch.equal(stats.top_logprobs, fake.logprobs[:, 1:])
+    among = (ids == batch.targets[:, None]).any(-1)
+    assert torch.equal(stats.tail == -3.0, among)
+    assert 0 < among.sum() < 12
     rows = torch.tensor([3, 1])
     assert dispatch.overlap(logits, ids[rows], 2, rows=rows) is share
     (first, given), (second, also) = calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -74,6 +75,28 @@ def random_batch(
     targets = torch.randint(vocabulary, (rows,), generator=generator)
     source = torch.arange(rows) % (teachers + 1) - 1
     return build(logits, teacher_logits, targets, source, k, temperature)
+
+
+def sharp_batch(tail: float, teacher_tail: float = 0.01, vocabulary: int = 40, k: int = 4) -> Batch:
+    """Float32 logits: the teacher's top-k hold all but about `tail` of the student's mass, all but `teacher_tail` of
+    the teacher's. Half of the targets are among the rest."""
+    batch = random_batch(vocabulary=vocabulary, k=k)
+    best = torch.arange(vocabulary) < k
+    sides = []
+    for logits, rest in ((batch.logits.detach(), tail), (batch.teacher_logits, teacher_tail)):
+        parts = logits.masked_fill(~best, -torch.inf), logits.masked_fill(best, -torch.inf)
+        top, others = (torch.log_softmax(part / 2, -1) for part in parts)
+        sides.append(torch.logaddexp(top + math.log1p(-rest), others + math.log(rest)).float().double())
+    targets = torch.where(torch.arange(12) % 4 < 2, batch.targets % k, k + batch.targets % (vocabulary - k))
+    return in_format(build(sides[0], sides[1], targets, batch.signals.source, k), torch.float32)
+
+
+def in_format(batch: Batch, logits: torch.dtype) -> Batch:
+    """Logits in the given format, everything else in float32."""
+    columns = {field.name: getattr(batch.signals, field.name) for field in fields(Signals)}
+    columns = {name: value.float() if name != "source" and value is not None and value.is_floating_point() else value
+               for name, value in columns.items()}  # fmt: skip
+    return replace(batch, logits=batch.logits.detach().to(logits).requires_grad_(), signals=Signals(**columns))
 
 
 def every_token_once(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from batches import Batch, build, logprobs_of, random_batch
+from batches import Batch, build, in_format, logprobs_of, random_batch, sharp_batch
 from memory import Outputs
 
 from copd_megatron.objectives.branch_loss import branch_loss
@@ -20,9 +20,8 @@ from copd_megatron.objectives.distill import OPD_LOSSES
 from copd_megatron.objectives.drift import drift_stats
 from copd_megatron.objectives.settings import LossSettings
 from copd_megatron.objectives.supervised import supervised_loss
-from copd_megatron.objectives.token_stats import token_stats
+from copd_megatron.objectives.token_stats import TokenStats, token_stats
 from copd_megatron.objectives.vocabulary import Vocabulary, greedy, ranks_of, token_logprobs
-from copd_megatron.policy.packed import Signals
 
 sys.path.append(str(Path(__file__).parents[1] / "policy"))
 import gang
@@ -74,14 +73,6 @@ def masked() -> Batch:
     return batch.but(weight=weight)
 
 
-def in_format(batch: Batch, logits: torch.dtype) -> Batch:
-    """Logits in the given format, everything else in float32."""
-    columns = {field.name: getattr(batch.signals, field.name) for field in fields(Signals)}
-    columns = {name: value.float() if name != "source" and value is not None and value.is_floating_point() else value
-               for name, value in columns.items()}  # fmt: skip
-    return replace(batch, logits=batch.logits.detach().to(logits).requires_grad_(), signals=Signals(**columns))
-
-
 BATCHES: dict[str, Callable[[], Batch]] = {
     "plain": random_batch,
     "moved on": moved_on,
@@ -97,6 +88,7 @@ BATCHES: dict[str, Callable[[], Batch]] = {
     "empty": lambda: random_batch().rows(torch.zeros(0, dtype=torch.int64)),
     "float32": lambda: in_format(random_batch(), torch.float32),
     "float32 ties": lambda: in_format(ties(), torch.float32),
+    "float32 small tails": lambda: sharp_batch(1e-5, vocabulary=11),
     "bfloat16": lambda: in_format(random_batch(), torch.bfloat16),
 }
 
@@ -113,8 +105,9 @@ def objectives(batch: Batch, vocabulary: Vocabulary | None) -> Iterator[tuple[st
     yield "drift", drift_stats(batch.logits, *arguments, settings=SETTINGS)
     top_ids = batch.signals.teacher_top_ids
     stats = token_stats(batch.logits, batch.targets, temperature, top_ids, vocabulary)
-    named = {field.name: getattr(stats, field.name).detach() for field in fields(stats)}
-    loss = stats.logprob.sum() + stats.top_logprobs.square().sum()
+    named = {field.name: getattr(stats, field.name).detach() for field in fields(stats) if field.name != "tail"}
+    named["tail"] = tail_of(stats).detach()
+    loss = stats.logprob.sum() + stats.top_logprobs.square().sum() + tail_of(stats).sum() / 12
     yield "token stats", {**with_gradient(batch.logits, loss, {}), **named}
     yield (
         "choices",
@@ -124,6 +117,12 @@ def objectives(batch: Batch, vocabulary: Vocabulary | None) -> Iterator[tuple[st
             "ranks": ranks_of(batch.logits, batch.targets[:, None], vocabulary),
         },
     )
+
+
+def tail_of(stats: TokenStats) -> torch.Tensor:
+    """The tail [R] where it has any mass and there is a top-k."""
+    tail = stats.tail if stats.top_logprobs.shape[1] else stats.logprob
+    return tail.masked_fill(tail < -40, 0.0)
 
 
 def with_gradient(logits: torch.Tensor, loss: torch.Tensor, stats: Results) -> Results:
@@ -218,6 +217,6 @@ def test_no_rank_ever_holds_more_than_its_own_columns(ranks, widths):
     k = random_batch().signals.teacher_top_ids.shape[1]
     for rank, width in enumerate(widths):
         elements = ranks[rank][widths, "elements"]
-        allowed = WIDE_ROWS * max(width, k + 3)
+        allowed = WIDE_ROWS * max(width, k + 4)
         assert {key: size for key, size in elements.items() if size > allowed} == {}
         assert {name for name, _ in elements if name.startswith("c10d")} == {"c10d.allreduce_.default"}
