@@ -32,6 +32,7 @@ from copd_megatron.rollout.sglang.fleet import Fleet
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.run_lock import conductor_lock
+from copd_megatron.topology import untaught
 from copd_megatron.weights.merge.folders import merge_folders
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,9 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
     names = [branch.name for branch in config.branches]
     with conductor_lock(folder.path), _log_file(folder.log):
         record_environment(folder.path)
+        for name in untaught(config.edges, names):
+            log.info("branch %s has no teacher: its Phase II is reinforcement learning alone", name)
+            console.print(f"branch {name} has no teacher: its Phase II is reinforcement learning alone")
         finished = all((folder.final(name) / "config.json").exists() for name in names)
         if finished and resume_from is not None:
             raise ConfigError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from copd_megatron.config.section import Section
 from copd_megatron.data.mini import MiniTask
@@ -93,6 +93,26 @@ class Edge(Section):
     """The branch that samples and is updated."""
     teacher: str
     """The branch whose engine scores the samples, on prompts of the teacher's own capability."""
+
+
+class Hub(Section):
+    """Hub and spokes: every other branch exchanges with `hub` in both directions."""
+
+    hub: str
+    """The branch in the middle."""
+
+
+def _form(topology: Any) -> str:
+    if isinstance(topology, dict | Hub):
+        return "hub"
+    return "preset" if isinstance(topology, str) else "edges"
+
+
+Topology = Annotated[
+    Annotated[str, Tag("preset")] | Annotated[Hub, Tag("hub")] | Annotated[tuple[Edge, ...], Tag("edges")],
+    Discriminator(_form),
+]
+"""Told apart by their form, so that a mistake in one is not reported as a mistake in all three."""
 
 
 class DataConfig(Section):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from copd_megatron.config.branches import BranchConfig, DataConfig, Edge
+from copd_megatron.config.branches import BranchConfig, DataConfig, Topology
 from copd_megatron.config.engines import RolloutConfig
 from copd_megatron.config.section import Section
 from copd_megatron.config.training import (
@@ -38,9 +38,9 @@ class RunConfig(Section):
     """Folder of everything the run writes; an existing one is continued."""
     method: Literal["copd", "merge_only"] = "copd"
     """`copd`, or the control `merge_only`: the same branches, never taught by each other, averaged at the end."""
-    topology: str | tuple[Edge, ...] = "pair"
-    """Who teaches whom: a preset (pair, hub, mesh, ring, none; `hub` takes the first branch as hub) or a list of
-    {student, teacher}."""
+    topology: Topology = "pair"
+    """Who teaches whom: a preset (pair, hub, mesh, ring, none; `hub` takes the first branch as hub), {hub: NAME}, or a
+    list of {student, teacher}."""
     rhythm: RhythmConfig = RhythmConfig()
     """When a phase ends."""
     rl: RLConfig = RLConfig()
