@@ -23,14 +23,16 @@ from copd_megatron.policy import layout
 from copd_megatron.policy.batching import NATIVE, Sample
 from copd_megatron.policy.schedule import Loss, Measure, over_replicas
 from copd_megatron.policy.trainer import Policy
-from copd_megatron.probe import Probe
+from copd_megatron.probe import Findings, Probe
 from copd_megatron.resume import rank_state
-from copd_megatron.rhythm import Step
+from copd_megatron.rhythm import FixedRhythm, Step
 from copd_megatron.rollout.sglang.engine import SGLangEngine
 from copd_megatron.rollout.types import Rollout
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.snapshots import Snapshots
 from copd_megatron.spokesman import Spokesman
+from copd_megatron.steering.readings import Reading
+from copd_megatron.steering.steered import SteeredRhythm
 from copd_megatron.tally import Tally
 from copd_megatron.weights.hf import write_folder
 
@@ -54,8 +56,10 @@ class Branch:
         probe: Probe | None,
         spokesman: Spokesman | None,
         checkpointer: Checkpointer,
+        rhythm: FixedRhythm | SteeredRhythm,
     ) -> None:
         self.config = config
+        self.rhythm = rhythm
         self.own = name
         self.teachers = [teacher for student, teacher in config.edges if student == name]
         self._folder = folder
@@ -86,8 +90,8 @@ class Branch:
         """Before the first update: hand the weights to the engine and, in a fresh run, measure the starting point."""
         self._remember_streams()
         self._hand_over()
-        if self.version == 0:
-            self._measure(cycle=0)
+        if self.version == 0 or (isinstance(self.rhythm, SteeredRhythm) and self.rhythm.overdue(self.version)):
+            self._phase_is_over(self._measure(self._step.cycle))
 
     def begin(self, step: Step) -> None:
         """Announce an update. Raises Interrupted, with a checkpoint behind it, if the run is to stop before it."""
@@ -181,11 +185,13 @@ class Branch:
     def settle(self) -> None:
         """After an update: measure drift and save, where that is due; see how far the last checkpoint is."""
         step = self._step
-        if step.closes_phase or self.version % self.config.log.probe_every == 0:
-            self._measure(step.cycle)
+        over = step.closes_phase
+        if over or self.version % self.config.log.probe_every == 0:
+            readings = self._measure(step.cycle)
+            over = self._phase_is_over(readings)
         every = self.config.checkpoint.every_steps
-        if step.closes_phase or (every and self.version % every == 0):
-            self._save()
+        if over or (every and self.version % every == 0):
+            self._save(over)
         self._checkpointer.poll()
 
     def export(self) -> None:
@@ -252,49 +258,60 @@ class Branch:
 
     # ------------------------------------------------------------------ drift, checkpoints
 
-    def _measure(self, cycle: int) -> None:
+    def _measure(self, cycle: int) -> dict[str, Reading]:
+        """Write down how far the branch is from its peers; the readings of its edges, on rank 0."""
         self._publish()
         self._meet(f"probe/{self.version}")
         self._forget({self.version})
         self._load_teachers(self.version)
         actor, probe = self._actor, self._probe
 
-        def ask() -> tuple[dict[str, list[Sample]] | None, dict[str, float]]:
-            return (None, {}) if actor is None or probe is None else probe.samples(actor, self.version)
+        def ask() -> tuple[dict[str, list[Sample]] | None, Findings]:
+            return (None, Findings()) if actor is None or probe is None else probe.samples(actor, self.version)
 
-        measured, numbers = self._ask(ask, f"probed/{self.version}")
+        measured, found = self._ask(ask, f"probed/{self.version}")
         for name, samples in layout.broadcast_in_replica(measured).items():
-            stats = self._policy.measure(samples, self._drift)
-            kind, _, teacher = name.partition("/")
-            if kind == "base":
-                numbers["kl_to_base"] = stats["kl_forward/0"]
-            elif kind == "teacher":
-                numbers[f"kl_teacher/{teacher}"] = stats["kl_forward/0"]
-            else:
-                numbers |= {f"overlap/{teacher}": stats["overlap/0"], f"symkl/{teacher}": stats["symkl/0"]}
+            found.of_policy(name, self._policy.measure(samples, self._drift), len(samples))
         if self._spokesman is not None:
+            numbers = found.numbers
             self._spokesman.write(self.version, cycle, "probe", numbers)
             self._spokesman.say(
                 overlap={name[8:]: value for name, value in numbers.items() if name.startswith("overlap/")},
                 symkl={name[6:]: value for name, value in numbers.items() if name.startswith("symkl/")},
             )
+        return found.readings(self.own, self.teachers)
+
+    def _phase_is_over(self, own: dict[str, Reading]) -> bool:
+        """Whether the phase ends with the update just made; all branches switch together."""
+        rhythm, step = self.rhythm, self._step
+        if isinstance(rhythm, FixedRhythm):
+            return step.closes_phase
+        verdict = self._spokesman.agree(rhythm, self.version, own) if self._spokesman else None
+        readings, reason = self._from_rank_0(verdict)
+        report = rhythm.heed(self.version, readings, reason)
+        if reason is not None and self._spokesman is not None:
+            self._spokesman.switched(self.version, step, reason, report)
+        return reason is not None
 
     def _remember_streams(self) -> None:
         """Where the prompts stand between two updates: a checkpoint made in the middle of one goes back to there."""
         if self._actor is not None:
             self._streams = {name: stream.state_dict() for name, stream in self._actor.streams.items()}
 
-    def _save(self) -> None:
+    def _save(self, phase_is_over: bool = False) -> None:
         step = self._step
         done = self.version - (step.number - step.index)
-        position = {"cycle": step.cycle, "phase": step.phase, "phase_step": done, "phase_steps": step.length}
-        frozen = self._teacher_version if self.config.teacher.refresh == "phase" and 0 < done < step.length else None
+        length = done if phase_is_over else step.length
+        position = {"cycle": step.cycle, "phase": step.phase, "phase_step": done, "phase_steps": length}
+        frozen = self._teacher_version if self.config.teacher.refresh == "phase" and 0 < done < length else None
         attached = {}
         if frozen is not None and step.phase == "exchange":
             # Students go on learning from these weights, and no checkpoint need be of that version.
             file = self._snapshots.file(self.own, frozen)
             attached[file.name] = file
         state = rank_state(layout.data_parallel_rank(), self._streams) | {"teacher_version": self._teacher_version}
+        if isinstance(self.rhythm, SteeredRhythm):
+            state["rhythm"] = self.rhythm.state_dict()
         self._checkpointer.save({**position, "rhythm": self.config.rhythm.model_dump(mode="json")}, state, attached)
 
     # ------------------------------------------------------------------ numbers

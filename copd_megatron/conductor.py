@@ -130,7 +130,8 @@ def _train(config: RunConfig, folder: RunFolder, names: list[str], start: int, c
         for branch in config.branches
     }  # fmt: skip
     rhythm = config.rhythm
-    plan = RunPlan(tuple(names), rhythm.cycles, rhythm.explore_steps, rhythm.exchange_steps)
+    steered = rhythm.kind != "fixed"
+    plan = RunPlan(tuple(names), rhythm.cycles, rhythm.explore_steps, rhythm.exchange_steps, steered)
     try:
         with _stop_on_signal() as stop, Progress(plan, folder.path, console) as progress:
             _watch(gangs, fleet, supervision, progress, stop)

@@ -40,6 +40,7 @@ from copd_megatron.rollout.types import Prompt, Sampling
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.spokesman import Spokesman
+from copd_megatron.steering.steered import SteeredRhythm
 
 
 def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> Branch:
@@ -78,6 +79,9 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
         spokesman = Spokesman(exchange, folder.branch(name), tensorboard)
         spokesman.resume(resume)
     losses = _loss_settings(config, name)
+    rhythm = config.rhythm.open()
+    if saved is not None and isinstance(rhythm, SteeredRhythm):
+        rhythm.load_state_dict(saved[0]["rhythm"])  # the same on every rank
     return Branch(
         config,
         name,
@@ -89,6 +93,7 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
         probe,
         spokesman,
         Checkpointer(config, name, folder, policy, spokesman, resume),
+        rhythm,
     )
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from copd_megatron.config.branches import BranchConfig, DataConfig, Topology
 from copd_megatron.config.engines import RolloutConfig
+from copd_megatron.config.rhythm import RhythmConfig
 from copd_megatron.config.section import Section
 from copd_megatron.config.training import (
     CheckpointConfig,
@@ -16,7 +17,6 @@ from copd_megatron.config.training import (
     MergeConfig,
     OPDConfig,
     PrecisionConfig,
-    RhythmConfig,
     RLConfig,
     TeacherConfig,
 )
@@ -72,6 +72,11 @@ class RunConfig(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"branches: names must differ, found {names}")
         edges_of(self.topology, names)
+        if self.rhythm.kind != "fixed" and not self.edges:
+            raise ValueError(
+                f"rhythm.kind = {self.rhythm.kind} is steered by the overlap of students with their teachers, and "
+                "nobody has a teacher; give a topology, or kind: fixed"
+            )
         if self.log.overlap_k > self.opd.top_k:
             raise ValueError(
                 f"log.overlap_k = {self.log.overlap_k} needs as many of the teacher's tokens: raise opd.top_k = "
