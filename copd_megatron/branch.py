@@ -26,7 +26,6 @@ from copd_megatron.policy.trainer import Policy
 from copd_megatron.probe import Findings, Probe
 from copd_megatron.resume import rank_state
 from copd_megatron.rhythm import FixedRhythm, Step
-from copd_megatron.rollout.sglang.engine import SGLangEngine
 from copd_megatron.rollout.types import Rollout
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.snapshots import Snapshots
@@ -34,6 +33,7 @@ from copd_megatron.spokesman import Spokesman
 from copd_megatron.steering.readings import Reading
 from copd_megatron.steering.steered import SteeredRhythm
 from copd_megatron.tally import Tally
+from copd_megatron.teacher_weights import TeacherWeights
 from copd_megatron.weights.hf import write_folder
 
 log = logging.getLogger(__name__)
@@ -73,9 +73,12 @@ class Branch:
         self._snapshots = Snapshots(folder.snapshots)
         self._step = Step(0, 0, "explore", 0, 1)
         self._teacher_version: int | None = None
-        self._published: int | None = None
         self._failures: Counter[str] = Counter()
         self._engines = Engines(config, policy, actor, probe, spokesman)
+        self._has_students = len(config.trained) > 1 and not self._engines.shared
+        self._teacher_weights = TeacherWeights(
+            name, self._snapshots, policy, probe, spokesman is not None, published=self._has_students
+        )
         self._streams: dict[str, Any] | None = None
         self._began = time.perf_counter()
 
@@ -106,7 +109,7 @@ class Branch:
     def rollouts(self, capability: str, prompts: int) -> list[Rollout]:
         """G rollouts for each of `prompts` prompts (over all data-parallel ranks); empty where there is no actor."""
         with self._span("rollout"):
-            if self._actor is None:
+            if self._actor is None or not prompts:
                 return self._ask(list)
             share = prompts // layout.data_parallel_size()
             return self._ask(self._actor.sampling_task(capability, share, self._step.number))
@@ -125,9 +128,7 @@ class Branch:
         wanted = self.version if live else self.version - self._step.index
         self._teacher_version = wanted
         if live or self._step.opens_phase:
-            self._publish()
-            self._meet(f"version/{wanted}")
-            self._forget({wanted})
+            self._meet_peers(f"version/{wanted}", wanted)
         self._load_teachers(wanted)
 
     def lessons(self, prompts: int) -> dict[str, list[Rollout]]:
@@ -226,30 +227,16 @@ class Branch:
                 self._checkpointer.wait()
             raise
 
-    def _publish(self) -> None:
-        if self._engines.shared or self._published == self.version:  # peers ask the engine itself
-            return
+    def _meet_peers(self, point: str, version: int) -> None:
+        """Stand with all branches at `point`, everybody's weights of `version` published there and older ones gone."""
         with self._span("sync"):
-            weights = dict(self._policy.named_weights())
-            if self._spokesman is not None:
-                self._snapshots.publish(self.own, self.version, weights.items())
-        self._published = self.version
+            self._teacher_weights.publish()
+        self._meet(point)
+        self._teacher_weights.forget({version, *([] if self._teacher_version is None else [self._teacher_version])})
 
     def _load_teachers(self, version: int) -> None:
-        if self._actor is None or self._probe is None:
-            return
         with self._span("sync"):
-            for name, teacher in self._probe.observed.items():
-                if isinstance(teacher.engine, SGLangEngine):
-                    teacher.engine.follow(version)
-                elif teacher.engine.version != version:
-                    teacher.engine.update_weights(self._snapshots.weights(name, version), version)
-
-    def _forget(self, keep: set[int]) -> None:
-        """All branches stand at the same point now, so nobody still reads older versions."""
-        frozen = {self._teacher_version} if self._teacher_version is not None else set()
-        if self._spokesman is not None:
-            self._snapshots.forget(self.own, keep | frozen)
+            self._teacher_weights.load(version)
 
     def _check_versions(self, rollouts: Sequence[Rollout]) -> None:
         stale = {rollout.policy_version for rollout in rollouts} - {self.version}
@@ -260,9 +247,7 @@ class Branch:
 
     def _measure(self, cycle: int) -> dict[str, Reading]:
         """Write down how far the branch is from its peers; the readings of its edges, on rank 0."""
-        self._publish()
-        self._meet(f"probe/{self.version}")
-        self._forget({self.version})
+        self._meet_peers(f"probe/{self.version}", self.version)
         self._load_teachers(self.version)
         actor, probe = self._actor, self._probe
 
@@ -305,7 +290,7 @@ class Branch:
         position = {"cycle": step.cycle, "phase": step.phase, "phase_step": done, "phase_steps": length}
         frozen = self._teacher_version if self.config.teacher.refresh == "phase" and 0 < done < length else None
         attached = {}
-        if frozen is not None and step.phase == "exchange":
+        if frozen is not None and step.phase == "exchange" and self._has_students:
             # Students go on learning from these weights, and no checkpoint need be of that version.
             file = self._snapshots.file(self.own, frozen)
             attached[file.name] = file

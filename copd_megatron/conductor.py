@@ -17,6 +17,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from copd_megatron.budget import write_summary
 from copd_megatron.config import RunConfig
 from copd_megatron.errors import ConfigError, CopdError, Interrupted
 from copd_megatron.evaluate.final import evaluate_run
@@ -45,6 +46,9 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
 
     It goes on from the newest checkpoint, or from that of step `resume_from`, whose successors are forgotten then.
     """
+    for name, expert in config.experts.items():
+        if not (Path(expert) / "config.json").is_file():
+            raise ConfigError(f"experts.{name}: {expert} is not a Hugging Face folder (no config.json)")
     if not (Path(config.base) / "config.json").is_file():
         raise ConfigError(
             f"base: {config.base} is not a Hugging Face folder (no config.json); the mini configs' base is made by "
@@ -57,7 +61,7 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
         )
     folder = RunFolder(config.run_dir)
     changes = folder.open(config)
-    names = [branch.name for branch in config.branches]
+    names = [branch.name for branch in config.trained]
     with conductor_lock(folder.path), _log_file(folder.log):
         record_environment(folder.path)
         for name in untaught(config.edges, names):
@@ -75,7 +79,7 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
                 folder.adopt(config)
                 console.print("continuing with other settings (before -> now): " + "; ".join(changes))
             _train(config, folder, names, start, console)
-        if not folder.merged.exists():
+        if len(names) > 1 and not folder.merged.exists():
             merge_folders(
                 [folder.final(name) for name in names],
                 out=folder.merged,
@@ -87,6 +91,7 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
         if not folder.evaluation.exists():
             evaluate_run(config, folder, console)
         merge_metrics(folder.path)
+        write_summary(config, folder)
         console.print(f"report: {build_report(folder.path)}")
 
 
@@ -127,7 +132,7 @@ def _train(config: RunConfig, folder: RunFolder, names: list[str], start: int, c
              "--resume", str(start)],
             folder.branch(branch.name) / "log.txt",
         )
-        for branch in config.branches
+        for branch in config.trained
     }  # fmt: skip
     rhythm = config.rhythm
     steered = rhythm.kind != "fixed"

@@ -65,6 +65,8 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
         precision.recompute,
         precision.fp8_choice(),
     )
+    if config.start(name) != config.base and not resume:
+        policy.load_hf(config.start(name))
     saved = _load(policy, config, folder, name, resume) if resume else None
     actor = probe = spokesman = None
     if layout.is_replica_leader():
@@ -74,7 +76,7 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
             for capability, position in positions.items():
                 actor.streams[capability].load_state_dict(position)
     if exchange is not None:
-        exchange.know([branch.name for branch in config.branches], config.teacher.wait_seconds)
+        exchange.know([branch.name for branch in config.trained], config.teacher.wait_seconds)
         tensorboard = folder.path / "tensorboard" / name if config.log.tensorboard else None
         spokesman = Spokesman(exchange, folder.branch(name), tensorboard)
         spokesman.resume(resume)
@@ -99,7 +101,7 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
 
 def _load(policy: Policy, config: RunConfig, folder: RunFolder, name: str, step: int) -> list[State]:
     """Every rank's state; WeightsError, with the checkpoint that could be used instead, if this one is damaged."""
-    checkpoints = RunCheckpoints(folder, [branch.name for branch in config.branches])
+    checkpoints = RunCheckpoints(folder, [branch.name for branch in config.trained])
     try:
         return checkpoint.load(policy, checkpoints.part(name, step))
     except WeightsError as error:
@@ -110,12 +112,11 @@ def _load(policy: Policy, config: RunConfig, folder: RunFolder, name: str, step:
 
 def _open_actor(config: RunConfig, folder: RunFolder, name: str) -> tuple[Actor, Probe]:
     teachers = [teacher for student, teacher in config.edges if student == name]
-    observed = teachers or [branch.name for branch in config.branches if branch.name != name]
+    observed = teachers or [branch.name for branch in config.trained if branch.name != name]
     test_size = config.eval.problems
     capabilities = {
-        branch.name: open_capability(branch, config.data, config.seed, test_size)
-        for branch in config.branches
-        if branch.name == name or branch.name in observed
+        capability: open_capability(config.branch(capability), config.data, config.seed, test_size)
+        for capability in (name, *observed)
     }
     processor = load_processor(config.base)
     builder = PromptBuilder(processor, config.data.max_prompt_tokens)
@@ -142,7 +143,8 @@ def _open_actor(config: RunConfig, folder: RunFolder, name: str) -> tuple[Actor,
     open_engine = _engines(config, folder, name)
 
     def teacher(peer: str, index: int) -> Teacher:
-        return Teacher(peer, index, open_engine(peer), config.opd.top_k, rollout.temperature)
+        frozen = peer in config.frozen
+        return Teacher(peer, index, open_engine(peer), config.opd.top_k, rollout.temperature, frozen)
 
     peers = {peer: teacher(peer, index) for index, peer in enumerate(observed)}
     actor = Actor(
@@ -172,10 +174,17 @@ def _open_actor(config: RunConfig, folder: RunFolder, name: str) -> tuple[Actor,
 
 
 def _engines(config: RunConfig, folder: RunFolder, own: str) -> Callable[[str], RolloutEngine]:
-    """What opens the engine of a branch, or of the base (which has its weights, as version 0), for branch `own`."""
+    """What opens the engine of a branch, of a finished expert or of the base, for branch `own`; experts and base have
+    their weights, as version 0."""
     rollout = config.rollout
     if rollout.engine == "embedded":
-        return lambda owner: EmbeddedEngine(owner, config.base, load_weights=owner == BASE, max_rows=rollout.max_rows)
+        finished = {BASE: config.base, **config.frozen}
+
+        def embedded(owner: str) -> EmbeddedEngine:
+            model = finished.get(owner, config.base)
+            return EmbeddedEngine(owner, model, load_weights=owner in finished, max_rows=rollout.max_rows)
+
+        return embedded
     endpoints = read_endpoints(folder.endpoints)
     settings = rollout.sglang
     limits = Limits(settings.in_flight, settings.request_seconds)

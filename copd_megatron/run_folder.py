@@ -36,6 +36,8 @@ class RunFolder:
         self.snapshots = self.path / "snapshots"
         self.merged = self.path / "merged"
         self.evaluation = self.path / "evaluation.json"
+        self.outcomes = self.path / "outcomes.json"
+        self.summary = self.path / "summary.json"
         self.log = self.path / "run.log"
         self.endpoints = self.path / "endpoints.json"
 

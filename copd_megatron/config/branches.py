@@ -31,11 +31,13 @@ class BranchData(Section):
     """Prompts on which drift between branches is measured; the training prompts where it is absent."""
     test: SourceSettings | None = None
     """Problems of the final table; the branch has no column there where it is absent."""
+    mixture: tuple[BranchData, ...] = ()
+    """Several such data at once, all examples of each; it has no test problems of its own."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> BranchData:
-        if (self.mini is None) == (self.train is None):
-            raise ValueError("give either `mini` or `train`, not both and not neither")
+        if [self.mini is None, self.train is None, not self.mixture].count(False) != 1:
+            raise ValueError("give either `mini` or `train` (or a `mixture` of such), not both and not neither")
         return self
 
 

@@ -53,8 +53,8 @@ class OPDConfig(Section):
     """Entries of the teacher's distribution per token; the whole vocabulary where that is smaller."""
     delta_clip: float = Field(5.0, gt=0)
     """Bound of the sampled token's log-ratio δ."""
-    native_prompts: int | None = Field(None, ge=1)
-    """Own prompts in a Phase II step; default `rl.prompts`."""
+    native_prompts: int | None = Field(None, ge=0)
+    """Own prompts in a Phase II step; default `rl.prompts`, and none under `static_opd` and `mopd`."""
     cross_prompts: int | None = Field(None, ge=1)
     """Prompts of each teacher's capability in a Phase II step; default `rl.prompts`."""
 

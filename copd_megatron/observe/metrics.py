@@ -21,7 +21,8 @@ Metric keys:
     tokens_per_second mfu             speed
     memory_gib rss_gib gpu/*          observe/gpu.py
     time/*                            observe/timeline.py, seconds
-    count/*                           events of this step, which add up over a run: count/groups,
+    count/*                           events of this step, which add up over a run: count/rollouts,
+                                      count/rollout_tokens (own and cross, sampled tokens), count/groups,
                                       count/zero_variance, count/unparsable, count/truncated, count/skipped,
                                       count/refused
 """

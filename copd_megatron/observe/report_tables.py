@@ -12,6 +12,8 @@ from copd_megatron.observe.results import ModelResult, Score
 
 ABSENT = "–"
 COUNTERS = {
+    "count/rollouts": "rollouts",
+    "count/rollout_tokens": "tokens of rollouts",
     "count/groups": "groups of rollouts",
     "count/zero_variance": "groups without reward variance (no gradient)",
     "count/unparsable": "answers that could not be parsed",

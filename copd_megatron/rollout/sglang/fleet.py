@@ -94,7 +94,7 @@ class Fleet:
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self._settings = config.rollout.sglang
         self._folder = folder
-        names = [branch.name for branch in config.branches] + ([BASE] if config.log.kl_to_base else [])
+        names = [branch.name for branch in config.trained] + ([BASE] if config.log.kl_to_base else [])
         run = secrets.token_hex(4)
         key = self._settings.api_key()
         self.processes: list[ServerProcess] = []
