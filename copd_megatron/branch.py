@@ -90,11 +90,12 @@ class Branch:
     # ------------------------------------------------------------------ one update, in the order of train.py
 
     def enter(self) -> None:
-        """Before the first update: hand the weights to the engine and, in a fresh run, measure the starting point."""
+        """Before the first update: hand the weights to the engine and measure the starting point of a fresh run, or
+        what a run that was cut short has not measured at the end of a phase."""
         self._remember_streams()
         self._hand_over()
         if self.version == 0 or (isinstance(self.rhythm, SteeredRhythm) and self.rhythm.overdue(self.version)):
-            self._phase_is_over(self._measure(self._step.cycle))
+            self._steer(self._measure(self._step.cycle))
 
     def begin(self, step: Step) -> None:
         """Announce an update. Raises Interrupted, with a checkpoint behind it, if the run is to stop before it."""
@@ -189,7 +190,7 @@ class Branch:
         over = step.closes_phase
         if over or self.version % self.config.log.probe_every == 0:
             readings = self._measure(step.cycle)
-            over = self._phase_is_over(readings)
+            over = self._steer(readings)
         every = self.config.checkpoint.every_steps
         if over or (every and self.version % every == 0):
             self._save(over)
@@ -266,17 +267,17 @@ class Branch:
             )
         return found.readings(self.own, self.teachers)
 
-    def _phase_is_over(self, own: dict[str, Reading]) -> bool:
-        """Whether the phase ends with the update just made; all branches switch together."""
-        rhythm, step = self.rhythm, self._step
+    def _steer(self, own: dict[str, Reading]) -> bool:
+        """Let the rhythm take note of a probe; whether the phase ends with it. All branches switch together."""
+        rhythm = self.rhythm
         if isinstance(rhythm, FixedRhythm):
-            return step.closes_phase
+            return self._step.closes_phase
         verdict = self._spokesman.agree(rhythm, self.version, own) if self._spokesman else None
         readings, reason = self._from_rank_0(verdict)
-        report = rhythm.heed(self.version, readings, reason)
-        if reason is not None and self._spokesman is not None:
-            self._spokesman.switched(self.version, step, reason, report)
-        return reason is not None
+        switch = rhythm.heed(self.version, readings, reason)
+        if switch is not None and self._spokesman is not None:
+            self._spokesman.switched(switch)
+        return switch is not None
 
     def _remember_streams(self) -> None:
         """Where the prompts stand between two updates: a checkpoint made in the middle of one goes back to there."""

@@ -19,7 +19,7 @@ from copd_megatron.observe.status import BranchStatus, State
 from copd_megatron.observe.timeline import Activity, Timeline
 from copd_megatron.rhythm import Step
 from copd_megatron.steering.readings import Reading, Readings
-from copd_megatron.steering.steered import SteeredRhythm
+from copd_megatron.steering.steered import SteeredRhythm, Switch
 from copd_megatron.window import Window
 
 log = logging.getLogger(__name__)
@@ -66,12 +66,14 @@ class Spokesman:
             verdict = json.loads(self._exchange.agree(f"rhythm/{version}", word, decide))
         return {name: Reading.from_plain(plain) for name, plain in verdict["readings"].items()}, verdict["reason"]
 
-    def switched(self, version: int, step: Step, reason: str, report: dict[str, float]) -> None:
-        """Record that the phase has ended after `version` updates, and why."""
-        phase = "Phase I" if step.phase == "explore" else "Phase II"
-        event = f"{phase} of cycle {step.cycle + 1} ended after update {version}: {reason}"
+    def switched(self, switch: Switch) -> None:
+        """Record that a phase has ended, and why."""
+        phase = "Phase I" if switch.phase == "explore" else "Phase II"
+        event = f"{phase} of cycle {switch.cycle + 1} ended after update {switch.version}: {switch.reason}"
         log.info("%s", event)
-        self._metrics.write(version, step.cycle, "switch", ended=step.phase, reason=reason, **report)
+        self._metrics.write(
+            switch.version, switch.cycle, "switch", ended=switch.phase, reason=switch.reason, **switch.numbers
+        )
         self.say(event=event)
 
     def window(self, point: str | None, step: int, wait_seconds: float) -> Window:

@@ -27,6 +27,18 @@ class Lengths:
     last: int
 
 
+@dataclass(frozen=True)
+class Switch:
+    """The end of a phase: after which update, and why. `numbers` are metrics: the phase's length, the bounds that were
+    in force, and what a Phase II has absorbed."""
+
+    cycle: int
+    phase: Phase
+    version: int
+    reason: str
+    numbers: dict[str, float]
+
+
 class SteeredRhythm:
     """Phases that end when `limits` say so, within `lengths`; with `search` the limits move after each Phase II."""
 
@@ -81,22 +93,20 @@ class SteeredRhythm:
         why_leave = why_leave_explore if self._phase == "explore" else why_leave_exchange
         return why_leave(trace, self.limits)
 
-    def heed(self, version: int, readings: Readings, reason: str | None) -> dict[str, float]:
-        """Take note of readings and, with a `reason`, of the end of the phase.
-
-        Returns what there is to say about that end, as metrics: length, bounds, and what a Phase II has absorbed.
-        """
+    def heed(self, version: int, readings: Readings, reason: str | None) -> Switch | None:
+        """Take note of readings and, with a `reason`, of the end of the phase."""
         for name, reading in readings.items():
             self._trace.setdefault(name, []).append(reading)
         if reason is None:
-            return {}
+            return None
         steps = version - self._start
-        report = {"length": float(steps), "low": self.limits.low, "high": self.limits.high}
+        numbers = {"length": float(steps), "low": self.limits.low, "high": self.limits.high}
         if self._phase == "exchange":
-            report |= self._learn(readings, steps)
+            numbers |= self._learn(readings, steps)
+        switch = Switch(self._cycle, self._phase, version, reason, numbers)
         self._ends.append(version)
         self._trace = {name: [reading] for name, reading in readings.items()}
-        return report
+        return switch
 
     def _learn(self, after: Readings, steps: int) -> dict[str, float]:
         before = {name: readings[0] for name, readings in self._trace.items()}
