@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.ready-bench
 SEED ?= 0
+SEEDS ?= 0 1 2
+COMPARISON ?= configs/compare/two_branch.yaml
 JOBS ?= 2
 GIGABYTES ?= 1 4 12
 REPEATS ?= 2
@@ -18,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow test-all compile-gate lint demo layouts bench bench-growth bench-merge bench-export \
+.PHONY: help env test test-slow test-all compile-gate lint demo compare layouts bench bench-growth bench-merge bench-export \
     bench-engine bench-kernels clean
 
 help: ## list the targets
@@ -60,6 +62,10 @@ lint: env ## style and types
 demo: env ## two branches co-evolve on the mini suite (SEED=0)
 	$(BIN)/python tools/mini_base.py --seed $(SEED)
 	$(BIN)/copd train configs/mini/text_image.yaml seed=$(SEED)
+
+compare: env ## methods side by side on the mini suite (SEEDS="0 1 2", COMPARISON=configs/compare/two_branch.yaml)
+	for seed in $(SEEDS); do $(BIN)/python tools/mini_base.py --seed $$seed || exit 1; done
+	$(BIN)/copd compare $(COMPARISON) --seeds $(shell echo $(SEEDS) | tr ' ' ',')
 
 layouts: env ## every parallel layout beside one process
 	$(BIN)/python tools/layouts.py

@@ -24,13 +24,15 @@ from copd_megatron.rollout.types import Rollout, Sampling, TeacherScores
 
 @dataclass
 class Teacher:
-    """A peer's engine, and what the student asks of it. `index` is its place among the student's teachers."""
+    """A peer's engine, and what the student asks of it. `index` is its place among the student's teachers; a `frozen`
+    one is a finished expert, whose weights stay."""
 
     name: str
     index: int
     engine: RolloutEngine
     top_k: int
     temperature: float
+    frozen: bool = False
 
     def score(self, rollouts: Sequence[Rollout], version: int) -> list[Rollout]:
         """The same rollouts with this teacher's scores. Raises CopdError if the teacher is not at `version`."""
@@ -43,7 +45,7 @@ class Teacher:
         return self.engine.begin_scoring(self.top_k, self.temperature)
 
     def _check(self, version: int) -> None:
-        if self.engine.version != version:
+        if not self.frozen and self.engine.version != version:
             raise CopdError(
                 f"teacher {self.name!r} has weights of version {self.engine.version}, the student needs {version}"
             )
@@ -115,6 +117,8 @@ class Actor:
         Such groups have advantage 0 everywhere and so no gradient: all but one are left out of the computation (they
         still count in the mean, whose denominator the caller gives).
         """
+        if not graded:
+            return [], 0
         rewards = torch.tensor([rollout.reward for rollout in graded], dtype=torch.float32)
         advantages, flat = group_advantages(rewards, self.sampling.n, self.normalise_std)
         samples = [

@@ -23,15 +23,18 @@ from copd_megatron.policy import layout
 from copd_megatron.policy.batching import NATIVE, Sample
 from copd_megatron.policy.schedule import Loss, Measure, over_replicas
 from copd_megatron.policy.trainer import Policy
-from copd_megatron.probe import Probe
+from copd_megatron.probe import Findings, Probe
 from copd_megatron.resume import rank_state
-from copd_megatron.rhythm import Step
+from copd_megatron.rhythm import FixedRhythm, Step
 from copd_megatron.rollout.sglang.engine import SGLangEngine
 from copd_megatron.rollout.types import Rollout
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.snapshots import Snapshots
 from copd_megatron.spokesman import Spokesman
+from copd_megatron.steering.readings import Reading
+from copd_megatron.steering.steered import SteeredRhythm
 from copd_megatron.tally import Tally
+from copd_megatron.teacher_weights import TeacherWeights
 from copd_megatron.weights.hf import write_folder
 
 log = logging.getLogger(__name__)
@@ -55,8 +58,10 @@ class Branch:
         spokesman: Spokesman | None,
         checkpointer: Checkpointer,
         frozen: SGLangEngine | None,
+        rhythm: FixedRhythm | SteeredRhythm,
     ) -> None:
         self.config = config
+        self.rhythm = rhythm
         self.own = name
         self.teachers = [teacher for student, teacher in config.edges if student == name]
         self._folder = folder
@@ -70,9 +75,12 @@ class Branch:
         self._snapshots = Snapshots(folder.snapshots)
         self._step = Step(0, 0, "explore", 0, 1)
         self._teacher_version: int | None = None
-        self._published: int | None = None
         self._failures: Counter[str] = Counter()
         self._engines = Engines(config, policy, actor, probe, spokesman, frozen, self._snapshots)
+        self._has_students = len(config.trained) > 1
+        self._teacher_weights = TeacherWeights(
+            name, self._snapshots, policy, spokesman is not None, published=self._has_students
+        )
         self._streams: dict[str, Any] | None = None
         self._began = time.perf_counter()
 
@@ -84,11 +92,12 @@ class Branch:
     # ------------------------------------------------------------------ one update, in the order of train.py
 
     def enter(self) -> None:
-        """Before the first update: hand the weights to the engine and, in a fresh run, measure the starting point."""
+        """Before the first update: hand the weights to the engine and measure the starting point of a fresh run, or
+        what a run that was cut short has not measured at the end of a phase."""
         self._remember_streams()
         self._hand_over()
-        if self.version == 0:
-            self._measure(cycle=0)
+        if self.version == 0 or (isinstance(self.rhythm, SteeredRhythm) and self.rhythm.overdue(self.version)):
+            self._steer(self._measure(self._step.cycle))
 
     def begin(self, step: Step) -> None:
         """Announce an update. Raises Interrupted, with a checkpoint behind it, if the run is to stop before it."""
@@ -103,7 +112,7 @@ class Branch:
     def rollouts(self, capability: str, prompts: int) -> list[Rollout]:
         """G rollouts for each of `prompts` prompts (over all data-parallel ranks); empty where there is no actor."""
         with self._span("rollout"):
-            if self._actor is None:
+            if self._actor is None or not prompts:
                 return self._ask(list)
             share = prompts // layout.data_parallel_size()
             return self._ask(self._actor.sampling_task(capability, share, self._step.number))
@@ -121,13 +130,12 @@ class Branch:
         live = self.config.teacher.refresh == "step"
         wanted = self.version if live else self.version - self._step.index
         if live or self._teacher_version != wanted:  # or this process has not seen the phase's beginning
+            self._teacher_version = wanted
             if wanted == self.version and not (live and self._engines.shared):
                 self._publish()
-            self._teacher_version = wanted
             if not live:
                 self._freeze(wanted)
-            self._meet(f"version/{wanted}")
-            self._forget({wanted})
+            self._meet_peers(f"version/{wanted}", wanted)
         if self._actor is not None:
             self._load_teachers(self._actor.teachers, wanted)
 
@@ -186,11 +194,13 @@ class Branch:
     def settle(self) -> None:
         """After an update: measure drift and save, where that is due; see how far the last checkpoint is."""
         step = self._step
-        if step.closes_phase or self.version % self.config.log.probe_every == 0:
-            self._measure(step.cycle)
+        over = step.closes_phase
+        if over or self.version % self.config.log.probe_every == 0:
+            readings = self._measure(step.cycle)
+            over = self._steer(readings)
         every = self.config.checkpoint.every_steps
-        if step.closes_phase or (every and self.version % every == 0):
-            self._save()
+        if over or (every and self.version % every == 0):
+            self._save(over)
         self._checkpointer.poll()
 
     def export(self) -> None:
@@ -226,13 +236,13 @@ class Branch:
             raise
 
     def _publish(self) -> None:
-        if self._published == self.version:
-            return
         with self._span("sync"):
-            weights = dict(self._policy.named_weights())
-            if self._spokesman is not None:
-                self._snapshots.publish(self.own, self.version, weights.items())
-        self._published = self.version
+            self._teacher_weights.publish()
+
+    def _meet_peers(self, point: str, version: int) -> None:
+        """Stand with all branches at `point`, where nobody reads other weights than those of `version` any more."""
+        self._meet(point)
+        self._teacher_weights.forget({version, *([] if self._teacher_version is None else [self._teacher_version])})
 
     def _freeze(self, version: int) -> None:
         with self._span("sync"):
@@ -240,17 +250,7 @@ class Branch:
 
     def _load_teachers(self, teachers: Mapping[str, Teacher], version: int) -> None:
         with self._span("sync"):
-            for name, teacher in teachers.items():
-                if isinstance(teacher.engine, SGLangEngine):
-                    teacher.engine.follow(version)
-                elif teacher.engine.version != version:
-                    teacher.engine.update_weights(self._snapshots.weights(name, version), version)
-
-    def _forget(self, keep: set[int]) -> None:
-        """All branches stand at the same point now, so nobody still reads older versions."""
-        frozen = {self._teacher_version} if self._teacher_version is not None else set()
-        if self._spokesman is not None:
-            self._snapshots.forget(self.own, keep | frozen)
+            self._teacher_weights.load(teachers, version)
 
     def _check_versions(self, rollouts: Sequence[Rollout]) -> None:
         stale = {rollout.policy_version for rollout in rollouts} - {self.version}
@@ -259,51 +259,61 @@ class Branch:
 
     # ------------------------------------------------------------------ drift, checkpoints
 
-    def _measure(self, cycle: int) -> None:
+    def _measure(self, cycle: int) -> dict[str, Reading]:
+        """Write down how far the branch is from its peers; the readings of its edges, on rank 0."""
         if not self._engines.shared:  # else peers ask the engine itself
             self._publish()
-        self._meet(f"probe/{self.version}")
-        self._forget({self.version})
+        self._meet_peers(f"probe/{self.version}", self.version)
         actor, probe = self._actor, self._probe
         if probe is not None:
             self._load_teachers(probe.observed, self.version)
 
-        def ask() -> tuple[dict[str, list[Sample]] | None, dict[str, float]]:
-            return (None, {}) if actor is None or probe is None else probe.samples(actor, self.version)
+        def ask() -> tuple[dict[str, list[Sample]] | None, Findings]:
+            return (None, Findings()) if actor is None or probe is None else probe.samples(actor, self.version)
 
-        measured, numbers = self._ask(ask, f"probed/{self.version}")
+        measured, found = self._ask(ask, f"probed/{self.version}")
         for name, samples in layout.broadcast_in_replica(measured).items():
-            stats = self._policy.measure(samples, self._drift)
-            kind, _, teacher = name.partition("/")
-            if kind == "base":
-                numbers["kl_to_base"] = stats["kl_forward/0"]
-            elif kind == "teacher":
-                numbers[f"kl_teacher/{teacher}"] = stats["kl_forward/0"]
-            else:
-                numbers |= {f"overlap/{teacher}": stats["overlap/0"], f"symkl/{teacher}": stats["symkl/0"]}
+            found.of_policy(name, self._policy.measure(samples, self._drift), len(samples))
         if self._spokesman is not None:
+            numbers = found.numbers
             self._spokesman.write(self.version, cycle, "probe", numbers)
             self._spokesman.say(
                 overlap={name[8:]: value for name, value in numbers.items() if name.startswith("overlap/")},
                 symkl={name[6:]: value for name, value in numbers.items() if name.startswith("symkl/")},
             )
+        return found.readings(self.own, self.teachers)
+
+    def _steer(self, own: dict[str, Reading]) -> bool:
+        """Let the rhythm take note of a probe; whether the phase ends with it. All branches switch together."""
+        rhythm = self.rhythm
+        if isinstance(rhythm, FixedRhythm):
+            return self._step.closes_phase
+        verdict = self._spokesman.agree(rhythm, self.version, own) if self._spokesman else None
+        readings, reason = self._from_rank_0(verdict)
+        switch = rhythm.heed(self.version, readings, reason)
+        if switch is not None and self._spokesman is not None:
+            self._spokesman.switched(switch)
+        return switch is not None
 
     def _remember_streams(self) -> None:
         """Where the prompts stand between two updates: a checkpoint made in the middle of one goes back to there."""
         if self._actor is not None:
             self._streams = {name: stream.state_dict() for name, stream in self._actor.streams.items()}
 
-    def _save(self) -> None:
+    def _save(self, phase_is_over: bool = False) -> None:
         step = self._step
         done = self.version - (step.number - step.index)
-        position = {"cycle": step.cycle, "phase": step.phase, "phase_step": done, "phase_steps": step.length}
-        frozen = self._teacher_version if self.config.teacher.refresh == "phase" and 0 < done < step.length else None
+        length = done if phase_is_over else step.length
+        position = {"cycle": step.cycle, "phase": step.phase, "phase_step": done, "phase_steps": length}
+        frozen = self._teacher_version if self.config.teacher.refresh == "phase" and 0 < done < length else None
         attached = {}
-        if frozen is not None and step.phase == "exchange":
+        if frozen is not None and step.phase == "exchange" and self._has_students:
             # Students go on learning from these weights, and no checkpoint need be of that version.
             file = self._snapshots.file(self.own, frozen)
             attached[file.name] = file
         state = rank_state(layout.data_parallel_rank(), self._streams) | {"teacher_version": self._teacher_version}
+        if isinstance(self.rhythm, SteeredRhythm):
+            state["rhythm"] = self.rhythm.state_dict()
         self._checkpointer.save({**position, "rhythm": self.config.rhythm.model_dump(mode="json")}, state, attached)
 
     # ------------------------------------------------------------------ numbers

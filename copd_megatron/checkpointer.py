@@ -45,7 +45,7 @@ class Checkpointer:
         self._branch = branch
         self._policy = policy
         self._spokesman = spokesman
-        self._checkpoints = RunCheckpoints(folder, [other.name for other in config.branches])
+        self._checkpoints = RunCheckpoints(folder, [other.name for other in config.trained])
         self._description = description(config, fingerprint(config.base)) if spokesman is not None else {}
         self._begun = resumed
         self._saving: Saving | None = None

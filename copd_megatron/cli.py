@@ -1,4 +1,4 @@
-"""The command line: `copd train | sft | eval | convert | merge | report | doctor`.
+"""The command line: `copd train | sft | eval | convert | merge | compare | report | doctor`.
 
 Exit codes: 0 done, 1 failed (the reason is printed last), 2 bad usage or configuration, 130 interrupted after a
 checkpoint. Heavy libraries are imported by the command that needs them, so that `--help` answers at once.
@@ -214,6 +214,26 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Run directories; sev
         if not (run / "config.yaml").exists():
             raise ConfigError(f"{run}: not a run directory (no config.yaml)")
     Console().print(f"report: {build_report(runs if len(runs) > 1 else runs[0])}")
+
+
+@app.command(epilog="Example: copd compare configs/compare/two_branch.yaml --seeds 0,1,2")
+def compare(
+    config: Annotated[Path, typer.Argument(help="Description of the comparison (YAML).")],
+    overrides: Overrides = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, e.g. 0,1,2; by default those of the description.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this arm alone; repeatable. The table has all that are there.")
+    ] = None,
+    table: Annotated[bool, typer.Option("--table", help="Run nothing; write the table of what is there.")] = False,
+) -> None:
+    """Train methods side by side, then write the table with intervals. Goes on with what is missing.
+
+    Ends with status 1 if a run has failed, or if rows that must be at equal budget are not.
+    """
+    from copd_megatron.compare.command import compare as do
+
+    given = [*(overrides or []), *([f"seeds=[{seeds}]"] if seeds else [])]
+    do(config, given, Console(), only=tuple(only or ()), train=not table)
 
 
 @app.command(epilog="Example: copd doctor")

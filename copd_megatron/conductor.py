@@ -17,6 +17,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from copd_megatron.budget import write_summary
 from copd_megatron.config import RunConfig
 from copd_megatron.errors import ConfigError, CopdError, Interrupted
 from copd_megatron.evaluate.final import evaluate_run
@@ -32,6 +33,7 @@ from copd_megatron.rollout.sglang.fleet import Fleet
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.run_lock import conductor_lock
+from copd_megatron.topology import untaught
 from copd_megatron.weights.merge.folders import merge_folders
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,9 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
 
     It goes on from the newest checkpoint, or from that of step `resume_from`, whose successors are forgotten then.
     """
+    for name, expert in config.experts.items():
+        if not (Path(expert) / "config.json").is_file():
+            raise ConfigError(f"experts.{name}: {expert} is not a Hugging Face folder (no config.json)")
     if not (Path(config.base) / "config.json").is_file():
         raise ConfigError(
             f"base: {config.base} is not a Hugging Face folder (no config.json); the mini configs' base is made by "
@@ -56,9 +61,12 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
         )
     folder = RunFolder(config.run_dir)
     changes = folder.open(config)
-    names = [branch.name for branch in config.branches]
+    names = [branch.name for branch in config.trained]
     with conductor_lock(folder.path), _log_file(folder.log):
         record_environment(folder.path)
+        for name in untaught(config.edges, names):
+            log.info("branch %s has no teacher: its Phase II is reinforcement learning alone", name)
+            console.print(f"branch {name} has no teacher: its Phase II is reinforcement learning alone")
         finished = all((folder.final(name) / "config.json").exists() for name in names)
         if finished and resume_from is not None:
             raise ConfigError(
@@ -71,7 +79,7 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
                 folder.adopt(config)
                 console.print("continuing with other settings (before -> now): " + "; ".join(changes))
             _train(config, folder, names, start, console)
-        if not folder.merged.exists():
+        if len(names) > 1 and not folder.merged.exists():
             merge_folders(
                 [folder.final(name) for name in names],
                 out=folder.merged,
@@ -83,6 +91,7 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
         if not folder.evaluation.exists():
             evaluate_run(config, folder, console)
         merge_metrics(folder.path)
+        write_summary(config, folder)
         console.print(f"report: {build_report(folder.path)}")
 
 
@@ -123,10 +132,11 @@ def _train(config: RunConfig, folder: RunFolder, names: list[str], start: int, c
              "--resume", str(start)],
             folder.branch(branch.name) / "log.txt",
         )
-        for branch in config.branches
+        for branch in config.trained
     }  # fmt: skip
     rhythm = config.rhythm
-    plan = RunPlan(tuple(names), rhythm.cycles, rhythm.explore_steps, rhythm.exchange_steps)
+    steered = rhythm.kind != "fixed"
+    plan = RunPlan(tuple(names), rhythm.cycles, rhythm.explore_steps, rhythm.exchange_steps, steered)
     try:
         with _stop_on_signal() as stop, Progress(plan, folder.path, console) as progress:
             _watch(gangs, fleet, supervision, progress, stop)

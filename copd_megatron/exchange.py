@@ -86,6 +86,24 @@ class Exchange:
         self._check_peers()
         return False
 
+    def agree(self, point: str, word: str, decide: Callable[[dict[str, str]], str]) -> str:
+        """The one decision that all branches take at `point`, from the `word` of each.
+
+        The first branch by name decides and says it; the others hear it, so that no difference between machines can
+        make them differ. Raises PeerLost if a branch is gone or takes too long.
+        """
+        names = sorted([self.me, *self.peers])
+        self._store.set(f"word/{point}/{self.me}", word)
+        key = f"decided/{point}/{names[0]}"
+        if self.me == names[0]:
+            words = [f"word/{point}/{name}" for name in names]
+            self._await(words, f"give its word on {point!r}")
+            heard = {name: self._store.get(said).decode() for name, said in zip(names, words, strict=True)}
+            self._store.set(key, decide(heard))
+        else:
+            self._await([key], f"decide {point!r}")
+        return self._store.get(key).decode()
+
     def ask_renewal(self, peer: str) -> int:
         """Ask `peer` to hand its engine its weights once more, because that has lost them; the ticket to wait with."""
         return self._store.add(f"renewal/{peer}", 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copd_megatron.config import RunConfig
-from copd_megatron.config.engines import BASE, SGLangConfig, frozen
+from copd_megatron.config.engines import BASE, SGLangConfig, frozen_group
 from copd_megatron.rollout.embedded import EmbeddedEngine
 from copd_megatron.rollout.engine import RolloutEngine
 from copd_megatron.rollout.sglang.broadcast import Broadcast
@@ -27,19 +27,21 @@ class OpenEngines:
         self._endpoints = read_endpoints(folder.endpoints) if self._shared else {}
 
     def of(self, owner: str) -> RolloutEngine:
-        """The engine of a branch, or of the base (which has its weights, as version 0)."""
+        """The engine of a branch, of a finished expert or of the base; experts and base have their weights, as
+        version 0."""
         if self._shared:
             return self._servers(owner, owner)
-        rows = self._config.rollout.max_rows
-        return EmbeddedEngine(owner, self._config.base, load_weights=owner == BASE, max_rows=rows)
+        finished = {BASE: self._config.base, **self._config.frozen}
+        model = finished.get(owner, self._config.base)
+        return EmbeddedEngine(owner, model, load_weights=owner in finished, max_rows=self._config.rollout.max_rows)
 
     def as_teacher(self, peer: str, observed: RolloutEngine) -> RolloutEngine:
         """The engine that teaches what `peer` knows: `observed`, its own, unless servers keep what it knew."""
-        return self._servers(frozen(peer), peer) if frozen(peer) in self._endpoints else observed
+        return self._servers(frozen_group(peer), peer) if frozen_group(peer) in self._endpoints else observed
 
     def frozen(self) -> SGLangEngine | None:
         """The servers that keep for a phase what this branch knew at its beginning; None if none do."""
-        group = frozen(self._own)
+        group = frozen_group(self._own)
         return self._servers(group, self._own) if group in self._endpoints else None
 
     def _servers(self, group: str, owner: str) -> SGLangEngine:

@@ -32,6 +32,7 @@ from copd_megatron.rollout.types import Prompt, Sampling
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.spokesman import Spokesman
+from copd_megatron.steering.steered import SteeredRhythm
 
 
 def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> Branch:
@@ -56,6 +57,8 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
         precision.recompute,
         precision.fp8_choice(),
     )
+    if config.start(name) != config.base and not resume:
+        policy.load_hf(config.start(name))
     saved = _load(policy, config, folder, name, resume) if resume else None
     actor = probe = frozen = spokesman = None
     if layout.is_replica_leader():
@@ -67,11 +70,14 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
             for capability, position in positions.items():
                 actor.streams[capability].load_state_dict(position)
     if exchange is not None:
-        exchange.know([branch.name for branch in config.branches], config.teacher.wait_seconds)
+        exchange.know([branch.name for branch in config.trained], config.teacher.wait_seconds)
         tensorboard = folder.path / "tensorboard" / name if config.log.tensorboard else None
         spokesman = Spokesman(exchange, folder.branch(name), tensorboard)
         spokesman.resume(resume)
     losses = _loss_settings(config, name)
+    rhythm = config.rhythm.open()
+    if saved is not None and isinstance(rhythm, SteeredRhythm):
+        rhythm.load_state_dict(saved[0]["rhythm"])  # the same on every rank
     return Branch(
         config,
         name,
@@ -84,12 +90,13 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
         spokesman,
         Checkpointer(config, name, folder, policy, spokesman, resume),
         frozen,
+        rhythm,
     )
 
 
 def _load(policy: Policy, config: RunConfig, folder: RunFolder, name: str, step: int) -> list[State]:
     """Every rank's state; WeightsError, with the checkpoint that could be used instead, if this one is damaged."""
-    checkpoints = RunCheckpoints(folder, [branch.name for branch in config.branches])
+    checkpoints = RunCheckpoints(folder, [branch.name for branch in config.trained])
     try:
         return checkpoint.load(policy, checkpoints.part(name, step))
     except WeightsError as error:
@@ -100,12 +107,11 @@ def _load(policy: Policy, config: RunConfig, folder: RunFolder, name: str, step:
 
 def _open_actor(config: RunConfig, name: str, engines: OpenEngines) -> tuple[Actor, Probe]:
     teachers = [teacher for student, teacher in config.edges if student == name]
-    observed = teachers or [branch.name for branch in config.branches if branch.name != name]
+    observed = teachers or [branch.name for branch in config.trained if branch.name != name]
     test_size = config.eval.problems
     capabilities = {
-        branch.name: open_capability(branch, config.data, config.seed, test_size)
-        for branch in config.branches
-        if branch.name == name or branch.name in observed
+        capability: open_capability(config.branch(capability), config.data, config.seed, test_size)
+        for capability in (name, *observed)
     }
     processor = load_processor(config.base)
     builder = PromptBuilder(processor, config.data.max_prompt_tokens)
@@ -130,7 +136,7 @@ def _open_actor(config: RunConfig, name: str, engines: OpenEngines) -> tuple[Act
     }
 
     def teacher(peer: str, index: int) -> Teacher:
-        return Teacher(peer, index, engines.of(peer), config.opd.top_k, rollout.temperature)
+        return Teacher(peer, index, engines.of(peer), config.opd.top_k, rollout.temperature, peer in config.frozen)
 
     peers = {peer: teacher(peer, index) for index, peer in enumerate(observed)}
     actor = Actor(

@@ -1,4 +1,4 @@
-"""When a phase ends. A rhythm is a pure function of the number of updates made, so resuming needs nothing else."""
+"""When a phase ends: here after a fixed number of updates; by what is measured in steering/."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ Phase = Literal["explore", "exchange"]
 
 @dataclass(frozen=True)
 class Step:
-    """One update: `number` counts updates from 0 over the whole run, `index` from 0 within the phase of `length`."""
+    """One update: `number` counts updates from 0 over the whole run, `index` from 0 within the phase, which has
+    `length` updates or, where it is steered, at most so many."""
 
     number: int
     cycle: int
@@ -26,13 +27,16 @@ class Step:
 
     @property
     def closes_phase(self) -> bool:
-        """Is this the phase's last update?"""
-        return self.index == self.length - 1
+        """Is this the phase's last update, whatever is measured after it?"""
+        return self.index >= self.length - 1
 
 
 @dataclass(frozen=True)
 class FixedRhythm:
-    """The same `explore_steps` and `exchange_steps` in each of `cycles` cycles (docs/method.md, "Algorithm")."""
+    """The same `explore_steps` and `exchange_steps` in each of `cycles` cycles (docs/method.md, "Algorithm").
+
+    A pure function of the number of updates made, so resuming needs nothing else.
+    """
 
     cycles: int
     explore_steps: int
@@ -42,6 +46,9 @@ class FixedRhythm:
     def total(self) -> int:
         """Updates of the whole run."""
         return self.cycles * (self.explore_steps + self.exchange_steps)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.cycles))
 
     def explore(self, cycle: int, done: int) -> Iterator[Step]:
         """Phase I of a cycle, without the first `done` updates of the run."""

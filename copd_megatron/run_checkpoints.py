@@ -171,6 +171,7 @@ def description(config: RunConfig, base: str) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json"),
         "base": base,
+        "experts": {name: fingerprint(folder) for name, folder in sorted(config.experts.items())},
         "topology": [list(edge) for edge in config.edges],
     }
 
@@ -184,6 +185,9 @@ def _changes(body: Mapping[str, Any], config: RunConfig) -> str | None:
             f"it was trained from another base: {config.base} has fingerprint {found[:12]}…, expected "
             f"{body['base'][:12]}… (configuration, tokenizer or weights have changed)"
         )
+    for name, folder in config.experts.items():
+        if (found := fingerprint(folder)) != body["experts"][name]:
+            return f"the expert {name!r} was another one: {folder} has changed (fingerprint now {found[:12]}…)"
     return None
 
 

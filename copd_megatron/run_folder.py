@@ -23,6 +23,8 @@ FREE = (
     "teacher.wait_seconds",
 )
 """What a continued run may change, beside its branches' `parallel`: where and how it computes, not what."""
+STEERING = ("log.overlap_k", "log.probe_every", "log.probe_prompts")
+"""What decides when the phases of a steered rhythm end, and so may not change with one."""
 
 
 class RunFolder:
@@ -35,6 +37,8 @@ class RunFolder:
         self.snapshots = self.path / "snapshots"
         self.merged = self.path / "merged"
         self.evaluation = self.path / "evaluation.json"
+        self.outcomes = self.path / "outcomes.json"
+        self.summary = self.path / "summary.json"
         self.log = self.path / "run.log"
         self.endpoints = self.path / "endpoints.json"
 
@@ -82,7 +86,8 @@ class RunFolder:
 def mathematical_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines `key: old -> new` for whatever two resolved configurations would train differently."""
     lines = differences(_by_name(old), _by_name(new))
-    return [line for line in lines if not _is_free(line.split(":", 1)[0])]
+    bound = () if old["rhythm"]["kind"] == "fixed" else STEERING
+    return [line for line in lines if line.split(":", 1)[0] in bound or not _is_free(line.split(":", 1)[0])]
 
 
 def _is_free(key: str) -> bool:

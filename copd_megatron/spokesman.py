@@ -6,6 +6,7 @@ Only rank 0 of the gang has one.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,11 @@ from copd_megatron.observe.metrics import MetricsWriter
 from copd_megatron.observe.status import BranchStatus, State
 from copd_megatron.observe.timeline import Activity, Timeline
 from copd_megatron.rhythm import Step
+from copd_megatron.steering.readings import Reading, Readings
+from copd_megatron.steering.steered import SteeredRhythm, Switch
 from copd_megatron.window import Window
+
+log = logging.getLogger(__name__)
 
 
 class Spokesman:
@@ -45,6 +50,31 @@ class Spokesman:
         """Wait until all branches have reached `point`."""
         with self.timeline.span("wait"):
             self._exchange.meet(point)
+
+    def agree(self, rhythm: SteeredRhythm, version: int, own: Readings) -> tuple[dict[str, Reading], str | None]:
+        """All branches' readings after `version` updates, and why the phase ends there (None: it goes on); the same for
+        every branch."""
+
+        def decide(words: dict[str, str]) -> str:
+            every = {name: plain for word in words.values() for name, plain in json.loads(word).items()}
+            readings = {name: Reading.from_plain(plain) for name, plain in sorted(every.items())}
+            plain = {name: reading.to_plain() for name, reading in readings.items()}
+            return json.dumps({"readings": plain, "reason": rhythm.judge(version, readings)})
+
+        word = json.dumps({name: reading.to_plain() for name, reading in own.items()})
+        with self.timeline.span("wait"):
+            verdict = json.loads(self._exchange.agree(f"rhythm/{version}", word, decide))
+        return {name: Reading.from_plain(plain) for name, plain in verdict["readings"].items()}, verdict["reason"]
+
+    def switched(self, switch: Switch) -> None:
+        """Record that a phase has ended, and why."""
+        phase = "Phase I" if switch.phase == "explore" else "Phase II"
+        event = f"{phase} of cycle {switch.cycle + 1} ended after update {switch.version}: {switch.reason}"
+        log.info("%s", event)
+        self._metrics.write(
+            switch.version, switch.cycle, "switch", ended=switch.phase, reason=switch.reason, **switch.numbers
+        )
+        self.say(event=event)
 
     def window(self, point: str | None, step: int, wait_seconds: float) -> Window:
         """The window of work that asks engines, which ends at `point`."""

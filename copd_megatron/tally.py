@@ -51,6 +51,7 @@ class Tally:
             mean = math.fsum(self.rewards) / len(self.rewards)
             variance = math.fsum((reward - mean) ** 2 for reward in self.rewards) / len(self.rewards)
             values |= {"reward/mean": mean, "reward/std": math.sqrt(variance)}
+        values |= {"count/rollouts": self.responses, "count/rollout_tokens": self.tokens}
         if self.responses:
             values["rollout/length"] = self.tokens / self.responses
             values["rollout/truncated"] = self.events.get("truncated", 0) / self.responses

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 PRESETS = ("pair", "hub", "mesh", "ring", "none")
 
@@ -18,14 +18,28 @@ class DirectedEdge(Protocol):
     def teacher(self) -> str: ...
 
 
-def edges_of(topology: str | Sequence[DirectedEdge], branches: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """The (student, teacher) pairs of a preset or of an explicit list.
+@runtime_checkable
+class NamedHub(Protocol):
+    """A hub by name."""
 
-    `pair`: both directions between two branches. `hub`: the first branch is the hub, every other one exchanges with
-    it in both directions. `mesh`: everybody teaches everybody. `ring`: each is taught by the next. `none`: nobody.
+    @property
+    def hub(self) -> str: ...
+
+
+def edges_of(topology: str | NamedHub | Sequence[DirectedEdge], branches: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The (student, teacher) pairs of a preset, of a named hub or of an explicit list.
+
+    `pair`: both directions between two branches. `hub`: the first branch, or the one named, is the hub; every other one
+    exchanges with it in both directions. `mesh`: everybody teaches everybody. `ring`: each is taught by the next.
+    `none`: nobody. In a list cycles are fine, and so is a branch without a teacher (`untaught`).
+
     Raises ValueError for an unknown preset or branch, a branch that teaches itself, a repeated edge, or `pair` with
-    other than two branches.
+    more than two branches.
     """
+    if isinstance(topology, NamedHub):
+        if topology.hub not in branches:
+            raise ValueError(f"topology: unknown hub {topology.hub!r}; the branches are {', '.join(branches)}")
+        return _hub(topology.hub, branches)
     if not isinstance(topology, str):
         return _checked([(edge.student, edge.teacher) for edge in topology], branches)
     if topology == "pair" and len(branches) > 2:
@@ -33,8 +47,7 @@ def edges_of(topology: str | Sequence[DirectedEdge], branches: Sequence[str]) ->
     if topology in ("pair", "mesh"):
         return tuple((student, teacher) for student in branches for teacher in branches if student != teacher)
     if topology == "hub":
-        hub, *spokes = branches
-        return tuple(edge for spoke in spokes for edge in ((hub, spoke), (spoke, hub)))
+        return _hub(branches[0], branches)
     if topology == "ring":
         turned = [*branches[1:], branches[0]]
         return tuple(
@@ -43,6 +56,16 @@ def edges_of(topology: str | Sequence[DirectedEdge], branches: Sequence[str]) ->
     if topology == "none":
         return ()
     raise ValueError(f"topology: unknown preset {topology!r}; expected one of {', '.join(PRESETS)} or a list of edges")
+
+
+def untaught(edges: Sequence[tuple[str, str]], branches: Sequence[str]) -> tuple[str, ...]:
+    """Branches without a teacher although others have one: their Phase II is reinforcement learning alone."""
+    students = {student for student, _ in edges}
+    return tuple(name for name in branches if name not in students) if students else ()
+
+
+def _hub(hub: str, branches: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    return tuple(edge for spoke in branches if spoke != hub for edge in ((hub, spoke), (spoke, hub)))
 
 
 def _checked(edges: list[tuple[str, str]], branches: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from copd_megatron.branch import Branch
 from copd_megatron.rhythm import FixedRhythm
+from copd_megatron.steering.steered import SteeredRhythm
 
 
-def train(branch: Branch, rhythm: FixedRhythm) -> None:
+def train(branch: Branch, rhythm: FixedRhythm | SteeredRhythm) -> None:
     """Explore alone, then exchange with the peers, cycle after cycle.
 
     `branch.begin` raises `Interrupted`, with a checkpoint behind it, when the run is to stop. `branch.settle` ends
-    every update: it measures drift and begins a checkpoint where that is due, and takes the last one further. After a
-    restart the loops go on from the first update not yet made.
+    every update: it measures drift and begins a checkpoint where that is due, and takes the last one further. A
+    steered rhythm's phases end when `settle` has told it so. After a restart the loops go on from the first update not
+    yet made.
     """
     branch.enter()
-    for cycle in range(rhythm.cycles):
+    for cycle in rhythm:
         for step in rhythm.explore(cycle, done=branch.version):  # Phase I: each branch on its own capability
             branch.begin(step)
             native = branch.grade(branch.rollouts(branch.own, branch.config.rl.prompts))

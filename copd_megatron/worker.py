@@ -34,7 +34,6 @@ def main() -> int:
 
     from copd_megatron.exchange import connect
     from copd_megatron.opening import open_branch
-    from copd_megatron.rhythm import FixedRhythm
     from copd_megatron.train import train
 
     host, port = arguments.store.rsplit(":", 1)
@@ -42,8 +41,7 @@ def main() -> int:
     branch = None
     try:
         branch = open_branch(arguments.run_dir, arguments.branch, exchange, arguments.resume)
-        rhythm = branch.config.rhythm
-        train(branch, FixedRhythm(rhythm.cycles, rhythm.explore_steps, rhythm.exchange_steps))
+        train(branch, branch.rhythm)
         branch.export()
         ending = "done"
     except Interrupted:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from copd_megatron.config.section import Section
 from copd_megatron.data.mini import MiniTask
@@ -31,11 +31,13 @@ class BranchData(Section):
     """Prompts on which drift between branches is measured; the training prompts where it is absent."""
     test: SourceSettings | None = None
     """Problems of the final table; the branch has no column there where it is absent."""
+    mixture: tuple[BranchData, ...] = ()
+    """Several such data at once, all examples of each; it has no test problems of its own."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> BranchData:
-        if (self.mini is None) == (self.train is None):
-            raise ValueError("give either `mini` or `train`, not both and not neither")
+        if [self.mini is None, self.train is None, not self.mixture].count(False) != 1:
+            raise ValueError("give either `mini` or `train` (or a `mixture` of such), not both and not neither")
         return self
 
 
@@ -93,6 +95,26 @@ class Edge(Section):
     """The branch that samples and is updated."""
     teacher: str
     """The branch whose engine scores the samples, on prompts of the teacher's own capability."""
+
+
+class Hub(Section):
+    """Hub and spokes: every other branch exchanges with `hub` in both directions."""
+
+    hub: str
+    """The branch in the middle."""
+
+
+def _form(topology: Any) -> str:
+    if isinstance(topology, dict | Hub):
+        return "hub"
+    return "preset" if isinstance(topology, str) else "edges"
+
+
+Topology = Annotated[
+    Annotated[str, Tag("preset")] | Annotated[Hub, Tag("hub")] | Annotated[tuple[Edge, ...], Tag("edges")],
+    Discriminator(_form),
+]
+"""Told apart by their form, so that a mistake in one is not reported as a mistake in all three."""
 
 
 class DataConfig(Section):

@@ -21,7 +21,7 @@ RESERVED = ("api-key", "dtype", "host", "model-path", "port", "tp-size", "trust-
 """Server arguments that other settings decide, or that nobody should."""
 
 
-def frozen(branch: str) -> str:
+def frozen_group(branch: str) -> str:
     """What the servers are called that keep the weights which `branch` had when Phase II began."""
     return f"{branch}/frozen"
 

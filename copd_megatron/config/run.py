@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
-from copd_megatron.config.branches import BranchConfig, DataConfig, Edge
-from copd_megatron.config.engines import BASE, RolloutConfig, frozen
+from copd_megatron.config import methods
+from copd_megatron.config.branches import BranchConfig, DataConfig, Topology
+from copd_megatron.config.engines import BASE, RolloutConfig, frozen_group
+from copd_megatron.config.rhythm import RhythmConfig
 from copd_megatron.config.section import Section
 from copd_megatron.config.training import (
     CheckpointConfig,
@@ -16,7 +16,6 @@ from copd_megatron.config.training import (
     MergeConfig,
     OPDConfig,
     PrecisionConfig,
-    RhythmConfig,
     RLConfig,
     TeacherConfig,
 )
@@ -36,11 +35,18 @@ class RunConfig(Section):
     """Seed of every random choice."""
     run_dir: str = "runs/copd"
     """Folder of everything the run writes; an existing one is continued."""
-    method: Literal["copd", "merge_only"] = "copd"
-    """`copd`, or the control `merge_only`: the same branches, never taught by each other, averaged at the end."""
-    topology: str | tuple[Edge, ...] = "pair"
-    """Who teaches whom: a preset (pair, hub, mesh, ring, none; `hub` takes the first branch as hub) or a list of
-    {student, teacher}."""
+    method: methods.Method = "copd"
+    """`copd`, or something to compare it with. `merge_only`: the same branches, never taught by each other, averaged at
+    the end. `expert`: the branch `student` alone. `mixed`: one model on all branches' data. `static_opd`: the expert of
+    `student` learns from the finished experts that teach it by the topology. `mopd`: a model that starts from the base
+    learns from all finished experts."""
+    student: str | None = None
+    """Under `expert` and `static_opd`: the branch that is trained."""
+    experts: dict[str, str] = Field({})
+    """Under `static_opd` and `mopd`: Hugging Face folder of each branch's finished expert, from another run."""
+    topology: Topology = "pair"
+    """Who teaches whom: a preset (pair, hub, mesh, ring, none; `hub` takes the first branch as hub), {hub: NAME}, or a
+    list of {student, teacher}."""
     rhythm: RhythmConfig = RhythmConfig()
     """When a phase ends."""
     rl: RLConfig = RLConfig()
@@ -72,15 +78,18 @@ class RunConfig(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"branches: names must differ, found {names}")
         edges_of(self.topology, names)
+        methods.check(self)
+        names = [branch.name for branch in self.trained]
         if self.log.overlap_k > self.opd.top_k:
             raise ValueError(
                 f"log.overlap_k = {self.log.overlap_k} needs as many of the teacher's tokens: raise opd.top_k = "
                 f"{self.opd.top_k} or lower log.overlap_k"
             )
-        try:
-            self.merge.recipe(names, self.seed)
-        except ConfigError as error:
-            raise ValueError(f"merge: {error}") from error
+        if len(names) > 1:
+            try:
+                self.merge.recipe(names, self.seed)
+            except ConfigError as error:
+                raise ValueError(f"merge: {error}") from error
         if self.rollout.engine == "sglang":
             self._servers(names)
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
@@ -90,7 +99,7 @@ class RunConfig(Section):
                 f"longest sequence: raise it to {longest}, or lower data.max_prompt_tokens = "
                 f"{self.data.max_prompt_tokens} or rollout.max_new_tokens = {self.rollout.max_new_tokens}"
             )
-        for branch in self.branches:
+        for branch in self.trained:
             replicas = branch.parallel.layout().dp
             for key, prompts in {
                 "rl.prompts": self.rl.prompts,
@@ -119,25 +128,41 @@ class RunConfig(Section):
 
     @property
     def edges(self) -> tuple[tuple[str, str], ...]:
-        """(student, teacher) pairs in force; none for the control `merge_only`."""
-        if self.method == "merge_only":
-            return ()
-        return edges_of(self.topology, [branch.name for branch in self.branches])
+        """(student, teacher) pairs in force."""
+        return methods.edges(self)
+
+    @property
+    def trained(self) -> tuple[BranchConfig, ...]:
+        """The branches that get a gang; with one alone nothing is merged."""
+        return methods.trained(self)
+
+    @property
+    def frozen(self) -> dict[str, str]:
+        """Folders of the teachers that are finished experts; empty where teachers are trained themselves."""
+        if self.method not in methods.DISTILLING:
+            return {}
+        return {teacher: self.experts[teacher] for _, teacher in self.edges}
+
+    def start(self, name: str) -> str:
+        """The folder that a trained branch starts from."""
+        return self.experts[name] if self.method == "static_opd" else self.base
 
     @property
     def server_groups(self) -> tuple[str, ...]:
         """What each group of SGLang servers is called: a branch, a teacher that a phase keeps as it was, the base."""
         teachers = {teacher for _, teacher in self.edges} if self.teacher.refresh == "phase" else set()
         return (
-            *(branch.name for branch in self.branches),
-            *(frozen(branch.name) for branch in self.branches if branch.name in teachers),
+            *(branch.name for branch in self.trained),
+            *(frozen_group(branch.name) for branch in self.trained if branch.name in teachers),
             *([BASE] if self.log.kl_to_base else []),
         )
 
     @property
     def native_prompts(self) -> int:
         """Own prompts of a Phase II step."""
-        return self.opd.native_prompts or self.rl.prompts
+        if self.opd.native_prompts is not None:
+            return self.opd.native_prompts
+        return 0 if self.method in methods.DISTILLING else self.rl.prompts
 
     @property
     def cross_prompts(self) -> int:
@@ -146,7 +171,7 @@ class RunConfig(Section):
 
     def branch(self, name: str) -> BranchConfig:
         """The branch called `name`."""
-        return next(branch for branch in self.branches if branch.name == name)
+        return next(branch for branch in (*self.branches, *self.trained) if branch.name == name)
 
 
 __all__ = ["PRESETS", "RunConfig"]

@@ -13,25 +13,6 @@ from copd_megatron.policy.fp8 import Fp8, Fp8Choice
 from copd_megatron.weights.merge.recipe import MethodName, Recipe
 
 
-class RhythmConfig(Section):
-    """How the two phases alternate."""
-
-    kind: Literal["fixed"] = "fixed"
-    """`fixed`: the same number of steps in every cycle."""
-    cycles: int = Field(4, ge=1)
-    """Cycles of one Phase I and one Phase II (the paper's N; not given there)."""
-    explore_steps: int = Field(15, ge=0)
-    """Updates of Phase I in a cycle (the paper's S_RL)."""
-    exchange_steps: int = Field(10, ge=0)
-    """Updates of Phase II in a cycle (the paper's S_OPD; best ratio to S_RL there 1 : 1.5)."""
-
-    @model_validator(mode="after")
-    def _some_steps(self) -> RhythmConfig:
-        if self.explore_steps + self.exchange_steps == 0:
-            raise ValueError("explore_steps and exchange_steps are both 0: nothing would be trained")
-        return self
-
-
 class CorrectionConfig(Section):
     """What is done about engine and trainer disagreeing on the log-probability of the same token."""
 
@@ -72,8 +53,8 @@ class OPDConfig(Section):
     """Entries of the teacher's distribution per token; the whole vocabulary where that is smaller."""
     delta_clip: float = Field(5.0, gt=0)
     """Bound of the sampled token's log-ratio δ."""
-    native_prompts: int | None = Field(None, ge=1)
-    """Own prompts in a Phase II step; default `rl.prompts`."""
+    native_prompts: int | None = Field(None, ge=0)
+    """Own prompts in a Phase II step; default `rl.prompts`, and none under `static_opd` and `mopd`."""
     cross_prompts: int | None = Field(None, ge=1)
     """Prompts of each teacher's capability in a Phase II step; default `rl.prompts`."""
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import numpy as np
+
 from copd_megatron.config.branches import BranchConfig, DataConfig
 from copd_megatron.data.example import Example
 from copd_megatron.data.mini import MiniSource
@@ -23,6 +25,23 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
+class Mixture:
+    """All examples of several sources, in turn as long as each has some left."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+        places = [np.arange(len(source)) for source in sources]
+        origins = [np.full(len(source), number) for number, source in enumerate(sources)]
+        turns = np.argsort(np.concatenate(places), kind="stable")
+        self._places, self._origins = np.concatenate(places)[turns], np.concatenate(origins)[turns]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._sources[int(self._origins[index])][int(self._places[index])]
+
+
 @dataclass(frozen=True)
 class Capability:
     """What a branch is trained on, probed with and tested on."""
@@ -36,6 +55,13 @@ class Capability:
 def open_capability(branch: BranchConfig, data: DataConfig, seed: int, test_size: int) -> Capability:
     """Open a branch's sources. Raises DataError where a file or a field is missing."""
     settings = branch.data
+    if settings.mixture:
+        parts = [
+            open_capability(branch.model_copy(update={"data": part}), data, seed, test_size)
+            for part in settings.mixture
+        ]
+        train, validation = Mixture([part.train for part in parts]), Mixture([part.validation for part in parts])
+        return Capability(branch.name, train, validation, test=None)
     if settings.mini is not None:
         mini = partial(MiniSource, data.mini, settings.mini.modality, seed=seed)
         return Capability(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,8 @@ class CapabilityResult:
     different ones; the interval counts repetitions as samples of one problem. `groups` are the accuracies of the kinds
     of problems, if they were told apart. `truncated` is the share of samples cut at the length limit, `mean_length`
     counts tokens. `verdicts` counts samples by what judging came to; `refused` counts problems that could not be made
-    into prompts and are left out.
+    into prompts and are left out. `outcomes` are the sum of rewards and the number of samples of each different
+    problem, in the order of the suite, which is the same for all models.
     """
 
     capability: str
@@ -47,6 +49,7 @@ class CapabilityResult:
     verdicts: Mapping[str, int] = field(default_factory=dict)
     groups: Mapping[str, Estimate] = field(default_factory=dict)
     refused: int = 0
+    outcomes: tuple[tuple[float, int], ...] = ()
 
 
 def evaluate(
@@ -90,6 +93,7 @@ def evaluate(
         verdicts=dict(verdicts),
         groups={name: accuracy_of(members[name]) for name in sorted(members)},
         refused=refused,
+        outcomes=tuple((math.fsum(samples), len(samples)) for _, samples in problems),
     )
 
 

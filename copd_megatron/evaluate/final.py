@@ -29,7 +29,8 @@ MINI = "mini"
 
 
 def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> None:
-    """Evaluate the run's models on its branches' test data; write `evaluation.json` and print the table."""
+    """Evaluate the run's models on its branches' test data; write `evaluation.json` and `outcomes.json` and print the
+    table."""
     suites = run_suites(config, config.seed, config.eval.problems)
     if not suites:
         console.print("no branch has test data: nothing is evaluated")
@@ -38,12 +39,13 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> None
     if "base" in config.eval.models:
         models["base"] = Path(config.base)
     if "branches" in config.eval.models:
-        models |= {f"{branch.name} branch": folder.final(branch.name) for branch in config.branches}
-    if "merged" in config.eval.models:
+        models |= {f"{branch.name} branch": folder.final(branch.name) for branch in config.trained}
+    if "merged" in config.eval.models and len(config.trained) > 1:
         models["merged"] = folder.merged
     settings = _settings(config, config.eval.samples, config.seed)
     pool = RewardPool(config.data.reward_workers, config.data.reward_seconds)
     table = _evaluate(models, suites, describe(config), settings, pool, notes=(f"method {config.method}",))
+    write_atomic(folder.outcomes, json.dumps(table.outcomes(), separators=(",", ":")) + "\n")
     write_atomic(folder.evaluation, json.dumps(table.json(), indent=1) + "\n")
     console.print(table.rich())
 

@@ -124,6 +124,16 @@ class AccuracyTable:
             ],
         }
 
+    def outcomes(self) -> dict[str, Any]:
+        """For `outcomes.json`: what came of every problem, to compare models on the same ones (compare/statistics.py).
+
+        {model: {capability: [[sum of rewards, samples], …]}}
+        """
+        return {
+            model.name: {result.capability: [list(pair) for pair in result.outcomes] for result in model.capabilities}
+            for model in self.models
+        }
+
     def _problems(self) -> str:
         counts = {
             f"{result.capability} {result.problems:,}"

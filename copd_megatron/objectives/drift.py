@@ -18,6 +18,8 @@ LOW_SUPPORT = -5.0
 """Sequence log-ratio, in nats, below which the student hardly ever says what the teacher said."""
 
 PAIR_STATS = ("overlap", "symkl", "kl_forward")
+SQUARES = "_square"
+"""`overlap_square/t` and so on are the same with each token's value squared, for its variance."""
 
 
 def scored_rows(signals: Signals) -> torch.Tensor:
@@ -56,15 +58,8 @@ def pair_stats(
     """
     if top_ids.shape[-1] == 0:
         return _nothing(settings, logits.device)
-    overlaps = overlap(logits, top_ids, settings.overlap_k, vocabulary, rows)
-    reverse = partition_kl(student_top, student_tail, teacher_top, "reverse")
-    forward = partition_kl(student_top, student_tail, teacher_top, "forward")
-    totals = [totals_by(teacher, values, settings.teachers) for values in (overlaps, reverse + forward, forward)]
-    return {
-        f"{name}/{index}": pairs[index]
-        for name, pairs in zip(PAIR_STATS, totals, strict=True)
-        for index in range(settings.teachers)
-    }
+    values = _pair_values(logits, rows, top_ids, student_top, student_tail, teacher_top, settings, vocabulary)
+    return _by_teacher(values, teacher, settings)
 
 
 @torch.no_grad()
@@ -79,31 +74,33 @@ def drift_stats(
     """Drift without a loss, from a forward pass alone; arguments as for `branch_loss`.
 
     For each teacher index t: `overlap/t` at `settings.overlap_k`; `symkl/t`, KL(S‖T) + KL(T‖S) in nats per token;
-    `kl_forward/t`, KL(T‖S). The divergences are those on the teacher's top-k and a tail bucket: never above the exact
-    ones, and exact if the top-k is the whole vocabulary. They are of the states in `logits`: on the student's own
-    rollouts overlap and symmetric KL are the paper's; on the teacher's own rollouts `kl_forward` is the metric
-    `kl_teacher`, and with the base as teacher, on the base's rollouts, it is `kl_to_base`.
+    `kl_forward/t`, KL(T‖S); and of each the mean square, as `overlap_square/t`. The divergences are those on the
+    teacher's top-k and a tail bucket: never above the exact ones, and exact if the top-k is the whole vocabulary. They
+    are of the states in `logits`: on the student's own rollouts overlap and symmetric KL are the paper's; on the
+    teacher's own rollouts `kl_forward` is the metric `kl_teacher`, and with the base as teacher, on the base's
+    rollouts, it is `kl_to_base`.
 
     Raises ValueError if a teacher has scored tokens but its top-k is missing or shorter than `overlap_k`.
     """
     rows = scored_rows(signals)
     if rows.numel() == 0:
-        return _nothing(settings, logits.device)
+        return _nothing(settings, logits.device, squares=True)
     top_ids, teacher_logprobs = teacher_top(signals)
     if top_ids.shape[-1] == 0:
         raise ValueError("drift needs the teacher's top-k at every scored token, and the teacher was not asked for it")
     student = partition_at(logits, top_ids, settings.temperature, vocabulary, entropy=False)
-    return pair_stats(
+    values = _pair_values(
         logits,
         rows,
         top_ids[rows],
         student.logprobs[rows],
         student.tail[rows],
         teacher_logprobs[rows],
-        signals.source[rows],
         settings,
         vocabulary,
     )
+    values |= {name + SQUARES: numbers.double().square() for name, numbers in values.items()}
+    return _by_teacher(values, signals.source[rows], settings)
 
 
 def low_support(
@@ -134,9 +131,36 @@ def kl_on_rollouts(sampler_logprobs: Sequence[torch.Tensor], other_logprobs: Seq
     return total(torch.cat([sampled_kl(sampler.double(), other.double()) for sampler, other in pairs]))
 
 
-def _nothing(settings: LossSettings, device: torch.device) -> Stats:
+def _pair_values(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    top_ids: torch.Tensor,
+    student_top: torch.Tensor,
+    student_tail: torch.Tensor,
+    teacher_top: torch.Tensor,
+    settings: LossSettings,
+    vocabulary: Vocabulary | None,
+) -> dict[str, torch.Tensor]:
+    """The values [N] of `PAIR_STATS`; arguments as for `pair_stats`."""
+    overlaps = overlap(logits, top_ids, settings.overlap_k, vocabulary, rows)
+    reverse = partition_kl(student_top, student_tail, teacher_top, "reverse")
+    forward = partition_kl(student_top, student_tail, teacher_top, "forward")
+    return dict(zip(PAIR_STATS, (overlaps, reverse + forward, forward), strict=True))
+
+
+def _by_teacher(values: dict[str, torch.Tensor], teacher: torch.Tensor, settings: LossSettings) -> Stats:
+    return {
+        f"{name}/{index}": pairs[index]
+        for name, numbers in values.items()
+        for pairs in [totals_by(teacher, numbers, settings.teachers)]
+        for index in range(settings.teachers)
+    }
+
+
+def _nothing(settings: LossSettings, device: torch.device, squares: bool = False) -> Stats:
     none = torch.zeros(2, dtype=torch.float64, device=device)
-    return {f"{name}/{index}": none for name in PAIR_STATS for index in range(settings.teachers)}
+    names = [*PAIR_STATS, *(name + SQUARES for name in PAIR_STATS if squares)]
+    return {f"{name}/{index}": none for name in names for index in range(settings.teachers)}
 
 
 def _is_scored(signals: Signals) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 Every line has `branch, cycle, phase, step, time`. `step` is the number of updates finished, so the line of a run's
 first update has step 1 and a measurement before it step 0; `cycle` counts from 0; `phase` is "explore" (Phase I),
-"exchange" (Phase II), "probe" (drift between branches) or "eval"; `time` is seconds since 1970.
+"exchange" (Phase II), "probe" (drift between branches), "switch" (the end of a steered phase) or "eval"; `time` is
+seconds since 1970.
 
 Metric keys:
 
@@ -12,11 +13,16 @@ Metric keys:
     overlap/T symkl/T support/T kl_teacher/T
                                       drift of this student from teacher T (docs/method.md, "Overlap")
     kl_to_base                        KL(π_0 ‖ π_k) on the branch's own prompts
+    heldout/C                         reward on validation prompts of capability C, one rollout each
+    ended reason length low high gain gain_error
+                                      of a switch: the phase that ended, why, its updates, the bounds in force, and what
+                                      a Phase II absorbed per update (steering/absorption.py)
     entropy grad_norm lr mismatch/kl  training health; engine against trainer
     tokens_per_second mfu             speed
     memory_gib rss_gib gpu/*          observe/gpu.py
     time/*                            observe/timeline.py, seconds
-    count/*                           events of this step, which add up over a run: count/groups,
+    count/*                           events of this step, which add up over a run: count/rollouts,
+                                      count/rollout_tokens (own and cross, sampled tokens), count/groups,
                                       count/zero_variance, count/unparsable, count/truncated, count/skipped,
                                       count/refused
 """

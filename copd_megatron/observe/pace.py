@@ -12,12 +12,16 @@ from copd_megatron.observe.status import BranchStatus
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run intends: its branches, and the updates of each phase in each of `cycles` cycles."""
+    """What a run intends: its branches, and the updates of each phase in each of `cycles` cycles.
+
+    A `steered` run has as many updates, but phases and cycles of other lengths and number.
+    """
 
     branches: tuple[str, ...]
     cycles: int
     explore_steps: int
     exchange_steps: int
+    steered: bool = False
 
     @property
     def steps(self) -> int:
@@ -71,6 +75,9 @@ class Pace:
         known = explore or exchange
         if not known:
             return None
+        if self._plan.steered:
+            seconds = [*explore, *exchange]
+            return (self._plan.steps - status.step) * sum(seconds) / len(seconds)
         cycles_after = self._plan.cycles - status.cycle - 1
         here = max(status.phase_steps - status.phase_step, 0)
         explore_left = cycles_after * self._plan.explore_steps + (here if status.phase == "explore" else 0)

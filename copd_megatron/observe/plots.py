@@ -81,6 +81,14 @@ FIGURES = (
         row_height=3.3,
     ),
     CurveFigure(
+        "heldout",
+        "Reward on held-out problems",
+        "Branch ← capability of the problems: one rollout of each validation prompt. A teacher's capability is "
+        "expected to rise in Phase II.",
+        (Panel("heldout", "mean reward", of="edge"),),
+        row_height=3.6,
+    ),
+    CurveFigure(
         "health",
         "Training health",
         "Collapsing entropy, spikes of the gradient, and responses that grow or are cut are the usual signs of "

@@ -6,6 +6,7 @@ steps. Needs neither torch nor a running branch: it is fed with `BranchStatus`es
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -24,6 +25,8 @@ from rich.text import Text
 
 from copd_megatron.observe.pace import Pace, RunPlan
 from copd_megatron.observe.status import STATES, BranchStatus
+
+log = logging.getLogger(__name__)
 
 WIDE = 110
 EVENTS_SHOWN = 5
@@ -97,7 +100,9 @@ class Progress:
             self.event(branch, status.event)
 
     def event(self, source: str, text: str) -> None:
-        """Show what happened in a branch, or to the run as a whole; the same text from several becomes one line."""
+        """Show and log what happened in a branch, or to the run as a whole; the same text from several becomes one
+        line."""
+        log.info("%s: %s", source, text)
         with self._lock:
             latest = self._events[-1] if self._events else None
             if latest is not None and latest[2] == text and source not in latest[1]:
@@ -154,7 +159,7 @@ class Progress:
         teachers = sorted({*status.overlap, *status.symkl})
         return [
             name,
-            Text(f"{status.cycle + 1}/{self._plan.cycles}"),
+            Text(self._cycle(status)),
             Text(status.phase, PHASE_STYLES[status.phase]),
             Text(f"{status.phase_step}/{status.phase_steps}"),
             Text(f"{rewards[-1]:.3f}" if rewards else "–"),
@@ -197,12 +202,15 @@ class Progress:
             return "finished"
         return "time left unknown" if left is None else f"{duration(left)} left"
 
+    def _cycle(self, status: BranchStatus) -> str:
+        return f"{status.cycle + 1}" + ("" if self._plan.steered else f"/{self._plan.cycles}")
+
     def _plain(self, branch: str) -> str:
         status = self._statuses[branch]
         rewards = self._rewards[branch]
         parts = [
             f"step {status.step}/{self._plan.steps}",
-            f"cycle {status.cycle + 1}/{self._plan.cycles}",
+            f"cycle {self._cycle(status)}",
             f"{status.phase} {status.phase_step}/{status.phase_steps}",
             status.state,
             *([f"reward {rewards[-1]:.3f}"] if rewards else []),

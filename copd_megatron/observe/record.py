@@ -20,6 +20,7 @@ from copd_megatron.observe.timeline import TIMELINE_FILE, Stretch, read_timeline
 
 TRAINING_PHASES = ("explore", "exchange")
 PROBE = "probe"
+SWITCH = "switch"
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,17 @@ class RunRecord:
         return periods
 
     def finished_periods(self) -> list[Period]:
-        """The phases that are over: all but the last, and the last if it is as long as the configuration says."""
+        """The phases that are over: all but the last, and the last if it was ended or is as long as the configuration
+        says."""
         periods = self.periods()
-        if periods and self.setting("rhythm", f"{periods[-1].phase}_steps") != periods[-1].end - periods[-1].start:
+        if periods and not self._is_over(periods[-1]):
             periods.pop()
         return periods
+
+    def _is_over(self, period: Period) -> bool:
+        if self.setting("rhythm", "kind") in (None, "fixed"):
+            return bool(self.setting("rhythm", f"{period.phase}_steps") == period.end - period.start)
+        return any(line["phase"] == SWITCH and line["step"] == period.end for line in self.lines)
 
     def steps_done(self, branch: str) -> int:
         """Updates the branch has finished."""

@@ -40,11 +40,11 @@ def build_report(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
             merge_metrics(first)
         with style():
             sections = one_run(records[0], Plots(first / "plots"))
-        return _write_page(first / "report.html", records[0].name, records, sections)
+        return write_page(first / "report.html", records[0].name, records, sections)
     names = distinct_names(records)
     with style():
         sections = several_runs(records, names, Plots(first.parent / "comparison_plots"))
-    return _write_page(first.parent / "comparison.html", f"Comparison of {len(records)} runs", records, sections, names)
+    return write_page(first.parent / "comparison.html", f"Comparison of {len(records)} runs", records, sections, names)
 
 
 def distinct_names(records: Sequence[RunRecord]) -> list[str]:
@@ -56,13 +56,14 @@ def distinct_names(records: Sequence[RunRecord]) -> list[str]:
     return [str(record.folder) for record in records]
 
 
-def _write_page(
+def write_page(
     target: Path,
     title: str,
     records: Sequence[RunRecord],
     sections: Sequence[Section],
     names: Sequence[str] | None = None,
 ) -> Path:
+    """Write a page of `sections` to `target`, with the state of each of `records` under its title; return its path."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

@@ -23,6 +23,7 @@ from copd_megatron.observe.report_tables import (
     counter_table,
     drift_table,
     summary_table,
+    switch_table,
 )
 
 
@@ -76,6 +77,7 @@ def one_run(record: RunRecord, plots: Plots) -> list[Section]:
             )
             for figure in FIGURES
         ),
+        *_switches(record),
         Section(
             "time",
             "Where the time goes",
@@ -145,6 +147,20 @@ def several_runs(records: Sequence[RunRecord], names: Sequence[str], plots: Plot
             table=_differences(records, names),
             missing="the recorded configurations do not differ",
         ),
+    ]
+
+
+def _switches(record: RunRecord) -> list[Section]:
+    if record.setting("rhythm", "kind") in (None, "fixed"):
+        return []
+    return [
+        Section(
+            "switches",
+            "Ends of phases",
+            "Overlap, as a moving average ± its standard error, decides; all branches switch together.",
+            table=switch_table(record),
+            missing="no phase has ended yet",
+        )
     ]
 
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from copd_megatron.observe.progress import duration
-from copd_megatron.observe.record import PROBE, RunRecord
+from copd_megatron.observe.record import PROBE, SWITCH, RunRecord
 from copd_megatron.observe.results import ModelResult, Score
 
 ABSENT = "–"
 COUNTERS = {
+    "count/rollouts": "rollouts",
+    "count/rollout_tokens": "tokens of rollouts",
     "count/groups": "groups of rollouts",
     "count/zero_variance": "groups without reward variance (no gradient)",
     "count/unparsable": "answers that could not be parsed",
@@ -88,6 +90,26 @@ def drift_table(record: RunRecord) -> Table | None:
         "symmetric KL after Phase I",
         "after Phase II",
     )
+    return Table(header, tuple(rows)) if rows else None
+
+
+def switch_table(record: RunRecord) -> Table | None:
+    """Every end of a steered phase and its reason; all branches switch together, so one of them tells."""
+    branch = record.branches[0] if record.branches else None
+    rows = [
+        (
+            "Phase I" if line["ended"] == "explore" else "Phase II",
+            str(line["cycle"] + 1),
+            str(line["step"]),
+            f"{line['length']:.0f}",
+            f"{number(line['low'])} to {number(line['high'])}",
+            number(line.get("gain"), 4),
+            line["reason"],
+        )
+        for line in record.lines
+        if line["phase"] == SWITCH and line["branch"] == branch
+    ]
+    header = ("phase", "cycle", "ended after update", "its updates", "bounds", "gain per update", "reason")
     return Table(header, tuple(rows)) if rows else None
 
 

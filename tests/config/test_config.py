@@ -98,6 +98,20 @@ def test_differences_name_changed_leaves_only():
     assert differences(old, new) == ["b.c: 2 -> 5"]
 
 
+def test_topology_is_read_in_every_form(tmp_path):
+    edges = {("text", "image"), ("image", "text")}
+    for form in ("pair", "hub", {"hub": "image"}, "mesh", "ring", [{"student": s, "teacher": t} for s, t in edges]):
+        assert set(load_config(write(tmp_path, {**MINIMAL, "topology": form}), [], RunConfig).edges) == edges
+
+
+def test_mistake_in_an_edge_is_reported_as_one(tmp_path):
+    with pytest.raises(ConfigError) as failure:
+        load_config(write(tmp_path, {**MINIMAL, "topology": [{"studnet": "text", "teacher": "image"}]}), [], RunConfig)
+    lines = str(failure.value).splitlines()[1:]
+    assert len(lines) == 2
+    assert any("unknown key; did you mean 'student'" in line for line in lines)
+
+
 def test_control_without_teachers_has_no_edges(tmp_path):
     assert load_config(write(tmp_path, MINIMAL), ["method=merge_only"], RunConfig).edges == ()
 

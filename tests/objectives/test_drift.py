@@ -28,6 +28,8 @@ def test_drift_is_measured_per_teacher_and_exactly_when_the_top_k_is_everything(
         ]
         for name, values in {"symkl": symmetric, "kl_forward": forward, "overlap": torch.tensor(common)}.items():
             assert stats[f"{name}/{teacher}"].tolist() == pytest.approx([values.sum().item(), 4], abs=1e-4)
+            squares = values.double().square().sum().item()
+            assert stats[f"{name}_square/{teacher}"].tolist() == pytest.approx([squares, 4], abs=1e-4)
     assert stats["symkl/0"][0] != stats["symkl/1"][0]
 
 
@@ -45,14 +47,17 @@ def test_measuring_alone_and_while_training_agree():
     batch = random_batch(temperature=0.7)
     settings = replace(SETTINGS, temperature=0.7)
     _, training = branch_loss(batch.logits, batch.targets, batch.signals, settings=settings)
-    for name, pair in drift_stats(batch.logits, batch.targets, batch.signals, settings=settings).items():
-        torch.testing.assert_close(training[name], pair)
+    alone = drift_stats(batch.logits, batch.targets, batch.signals, settings=settings)
+    for name in ("overlap", "symkl", "kl_forward"):
+        for teacher in (0, 1):
+            torch.testing.assert_close(training[f"{name}/{teacher}"], alone[f"{name}/{teacher}"])
 
 
 def test_nothing_scored_is_nothing_measured():
     batch = random_batch(teachers=0).but(teacher_logprobs=None, teacher_top_ids=None, teacher_top_logprobs=None)
     stats = drift_stats(batch.logits, batch.targets, batch.signals, settings=SETTINGS)
-    assert set(stats) == {f"{name}/{teacher}" for name in ("overlap", "symkl", "kl_forward") for teacher in (0, 1)}
+    names = ("overlap", "symkl", "kl_forward", "overlap_square", "symkl_square", "kl_forward_square")
+    assert set(stats) == {f"{name}/{teacher}" for name in names for teacher in (0, 1)}
     assert all(pair.tolist() == [0.0, 0.0] for pair in stats.values())
 
 

@@ -78,10 +78,11 @@ def _write_branch(run: Path, branch: str, index: int, teachers: tuple[str, ...],
             },
         )
         if step % 5 == 0:
-            probe = {"kl_to_base": 0.004 * step + 0.01 * rng.random()}
+            probe = {"kl_to_base": 0.004 * step + 0.01 * rng.random(), f"heldout/{branch}": 0.5 + 0.001 * step}
             for rank, teacher in enumerate(teachers):
                 probe[f"overlap/{teacher}"] = 0.96 - 0.4 * drift - 0.03 * rank - 0.01 * rng.random()
                 probe[f"symkl/{teacher}"] = drift * (1 + 0.3 * rank) + 0.01 * rng.random()
+                probe[f"heldout/{teacher}"] = 0.3 + 0.001 * step
                 probe[f"support/{teacher}"] = min(1.0, 0.3 * drift + 0.05 * rng.random())
                 probe[f"kl_teacher/{teacher}"] = drift * 0.5 + 0.01 * rng.random()
             writer.write(step, cycle, "probe", **probe)

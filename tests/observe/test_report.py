@@ -12,13 +12,14 @@ import pytest
 from simulated_run import write_evaluation, write_run
 
 from copd_megatron.errors import CopdError
+from copd_megatron.observe.metrics import MetricsWriter, metrics_path
 from copd_megatron.observe.plots import FIGURES, draw_curves, moving_average
 from copd_megatron.observe.plots_results import time_split, timeline_steps
 from copd_megatron.observe.record import Period, read_run
 from copd_megatron.observe.report import build_report, distinct_names
-from copd_megatron.observe.report_tables import counter_table, drift_table
+from copd_megatron.observe.report_tables import counter_table, drift_table, switch_table
 
-PLOTS = {"accuracy", "reward", "drift", "support", "health", "distillation", "speed", "time", "timeline"}
+PLOTS = {"accuracy", "reward", "drift", "support", "heldout", "health", "distillation", "speed", "time", "timeline"}
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,28 @@ def test_phase_that_is_not_over_has_no_end_in_the_drift_table(tmp_path: Path) ->
     assert {row[1] for row in table.rows} == {"1"}
 
 
+def test_ends_of_steered_phases_are_listed_with_their_reasons(tmp_path: Path) -> None:
+    run = tmp_path / "steered"
+    write_run(run, cycles=2, stop_at=30)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("rhythm: {", "rhythm: {kind: overlap, "))
+    for branch in ("text", "image"):
+        writer = MetricsWriter(metrics_path(run, branch), branch)
+        reasons = [(15, "explore", "it fell"), (25, "exchange", "it rose")]
+        for step, phase, reason in reasons:
+            writer.write(step, 0, "switch", ended=phase, reason=reason, length=step % 20, low=0.8, high=0.9)
+        writer.close()
+    record = read_run(run)
+    assert [row[:5] + row[-1:] for row in switch_table(record).rows] == [
+        ("Phase I", "1", "15", "15", "0.800 to 0.900", "it fell"),
+        ("Phase II", "1", "25", "5", "0.800 to 0.900", "it rose"),
+    ]
+    assert [period.end for period in record.finished_periods()] == [15, 25], "the one that goes on is not over"
+    page = page_of(build_report(run))
+    assert "Ends of phases" in page
+    assert "it rose" in page
+
+
 def test_counters_add_up_and_uncounted_is_not_zero(finished: Path) -> None:
     table = counter_table(read_run(finished))
     assert table is not None
@@ -121,7 +144,7 @@ def test_run_that_has_only_begun_says_what_is_missing(tmp_path: Path) -> None:
     assert "not evaluated yet: no evaluation.json" in page
     assert "not recorded: overlap, symkl" in page
     assert "not recorded: environment.json" in page
-    assert {path.stem for path in (run / "plots").iterdir()} == PLOTS - {"accuracy", "drift", "support"}
+    assert {path.stem for path in (run / "plots").iterdir()} == PLOTS - {"accuracy", "drift", "support", "heldout"}
     assert "Phase II (exchange)" not in page
 
 

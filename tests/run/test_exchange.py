@@ -47,6 +47,31 @@ def test_nobody_passes_a_meeting_before_all_have_come(conductor):
     assert passed[0] >= came
 
 
+def test_one_branch_decides_for_all_from_what_each_has_said(conductor):
+    heard = []
+
+    def decide(words):
+        heard.append(words)
+        return "switch"
+
+    results = []
+    texts = threading.Thread(target=lambda: results.append(branch(conductor, "text").agree("rhythm/5", "0.8", decide)))
+    texts.start()
+    time.sleep(0.3)
+    assert not results
+    results.append(branch(conductor, "image").agree("rhythm/5", "0.9", decide))
+    texts.join(timeout=10)
+    assert results == ["switch", "switch"]
+    assert heard == [{"text": "0.8", "image": "0.9"}], "decided once"
+
+
+def test_decision_does_not_wait_for_a_lost_peer(conductor):
+    supervision = Supervision(conductor, NAMES)
+    threading.Timer(0.3, lambda: supervision.lost("image", "killed by signal 9")).start()
+    with pytest.raises(PeerLost, match="'image' is gone"):
+        branch(conductor, "text").agree("rhythm/5", "0.8", lambda words: "switch")
+
+
 def test_waiting_for_a_lost_peer_ends_with_its_reason(conductor):
     supervision = Supervision(conductor, NAMES)
     threading.Timer(0.3, lambda: supervision.lost("image", "killed by signal 9")).start()

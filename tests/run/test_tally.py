@@ -20,6 +20,7 @@ def test_means_are_over_all_replicas_not_means_of_means():
     assert values["reward/std"] == pytest.approx((2 / 9) ** 0.5)
     assert values["rollout/length"] == pytest.approx(20 / 4)
     assert values["rollout/truncated"] == pytest.approx(1 / 4)
+    assert (values["count/rollouts"], values["count/rollout_tokens"]) == (4, 20)
     assert (values["count/groups"], values["count/zero_variance"], values["count/truncated"]) == (2, 1, 1)
 
 

@@ -1,0 +1,103 @@
+"""The description of a comparison: arms that differ from one common configuration, and the rows that they give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from copd_megatron.config.load import check
+from copd_megatron.config.run import RunConfig
+from copd_megatron.config.section import Section
+
+
+class Row(Section):
+    """A row of the table: one model of an arm's run."""
+
+    label: str
+    """What the table calls it."""
+    model: str
+    """What the run's evaluation calls it: base, merged, or `<branch> branch`."""
+    equal_budget: bool = True
+    """Whether it must have cost as many updates and rollout tokens as the reference; an expert by itself has not."""
+    ratio: float | None = Field(None, gt=0)
+    """S_RL : S_OPD, of rows that belong to the plot of the rhythm sweep."""
+
+
+class Arm(Section):
+    """One run per seed."""
+
+    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    """Name of the arm and of its runs' folders."""
+    rows: tuple[Row, ...] = Field(min_length=1)
+    """What it gives to the table."""
+    settings: dict[str, Any] = Field({})
+    """What differs from `common`, in the form of a run description."""
+    experts: str | None = None
+    """Arm whose branches are this one's `experts`, of the same seed; it must stand before."""
+
+
+class Comparison(Section):
+    """A comparison. Its runs are <out>/runs/<arm>_seed<seed>, its results <out>/compare.{json,md,html}."""
+
+    out: str
+    """Folder of everything."""
+    reference: str
+    """Label of the row that all others are compared with."""
+    arms: tuple[Arm, ...] = Field(min_length=1)
+    """Arms, in the order in which they are run."""
+    common: dict[str, Any]
+    """A run description without `seed` and `run_dir`; `{seed}` in a text stands for the seed."""
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    """Seeds; each is a repetition of everything, base included."""
+    tolerance: float = Field(0.02, ge=0)
+    """Largest share by which updates and rollout tokens may differ between rows of equal budget."""
+    replicates: int = Field(2000, ge=100)
+    """Bootstrap replicates."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Comparison:
+        names = [arm.name for arm in self.arms]
+        labels = [row.label for arm in self.arms for row in arm.rows]
+        for what, given in (("arms: names", names), ("rows: labels", labels), ("seeds", list(self.seeds))):
+            if len(set(given)) != len(given):
+                raise ValueError(f"{what} must differ, found {given}")
+        if self.reference not in labels:
+            raise ValueError(f"reference = {self.reference!r} is none of the rows {', '.join(labels)}")
+        for number, arm in enumerate(self.arms):
+            if arm.experts is not None and arm.experts not in names[:number]:
+                raise ValueError(f"arms.{arm.name}.experts = {arm.experts!r} is no arm before it")
+        return self
+
+    def run_dir(self, arm: str, seed: int) -> Path:
+        """Where an arm's run of a seed is."""
+        return Path(self.out) / "runs" / f"{arm}_seed{seed}"
+
+    def run(self, arm: Arm, seed: int) -> RunConfig:
+        """The run of an arm. Raises ConfigError if it is no valid description."""
+        content = _merged(self.common, arm.settings)
+        content |= {"seed": seed, "run_dir": str(self.run_dir(arm.name, seed))}
+        if arm.experts is not None:
+            run = self.run_dir(arm.experts, seed)
+            names = [branch["name"] for branch in content.get("branches", ())]
+            content["experts"] = {name: str(run / "branches" / name / "final") for name in names}
+        return check(_filled(content, seed), RunConfig, f"arm {arm.name}, seed {seed}")
+
+
+def _merged(common: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`common` with `changes`, mapping by mapping; anything else is replaced as a whole."""
+    result = dict(common)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _filled(value: Any, seed: int) -> Any:
+    """With the seed in place of `{seed}` in every text."""
+    if isinstance(value, dict):
+        return {key: _filled(inner, seed) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_filled(inner, seed) for inner in value]
+    return value.replace("{seed}", str(seed)) if isinstance(value, str) else value

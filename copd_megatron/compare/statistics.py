@@ -1,0 +1,124 @@
+"""Accuracy over seeds with bootstrap intervals, and paired differences. Pure functions of outcomes per problem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from copd_megatron.randomness import seed_for
+
+Outcomes = Mapping[str, Sequence[Sequence[float]]]
+"""What one model made of every problem: capability to [sum of rewards, samples] per problem."""
+OVERALL = "overall"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the bounds between which 95% of its bootstrap replicates lie."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """Of a row and the reference on the same problems and seeds; `p` is the two-sided bootstrap p-value."""
+
+    p: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A row's numbers; `of` maps each capability and `overall`, `versus` the same minus the reference's.
+
+    `seeds` are those in which the row was run; differences are over those in which the reference was run too.
+    """
+
+    seeds: tuple[int, ...]
+    of: Mapping[str, Interval]
+    versus: Mapping[str, Difference]
+
+
+def accuracies(
+    rows: Mapping[str, Mapping[int, Outcomes]], reference: str, replicates: int = 2000
+) -> dict[str, Accuracy]:
+    """Every row that has at least one seed. `rows` maps labels to outcomes by seed; 0 to 1, not percent.
+
+    A replicate draws as many seeds as there are, with replacement, and for each of them problems of each capability,
+    with replacement; *overall* is the unweighted mean over capabilities, and a row's number the mean over the seeds
+    drawn. All rows share the draws, so differences are paired by problem and seed. With one seed the interval is over
+    problems alone. Raises ValueError if models of one seed were tested on different problems.
+    """
+    done = {label: {seed: found[seed] for seed in sorted(found)} for label, found in rows.items() if found}
+    _check_same_problems(done)
+    anchor = done.get(reference, {})
+    results = {}
+    for label, found in done.items():
+        seeds = tuple(found)
+        own = _replicates(found, seeds, replicates)
+        points = _points(found, seeds)
+        shared = tuple(seed for seed in seeds if seed in anchor)
+        versus = {}
+        if shared and label != reference:
+            both = _replicates(found, shared, replicates), _replicates(anchor, shared, replicates)
+            here, there = _points(found, shared), _points(anchor, shared)
+            versus = {name: _difference(here[name] - there[name], both[0][name] - both[1][name]) for name in here}
+        results[label] = Accuracy(seeds, {name: _interval(points[name], own[name]) for name in points}, versus)
+    return results
+
+
+def _points(found: Mapping[int, Outcomes], seeds: Sequence[int]) -> dict[str, float]:
+    by_seed = []
+    for seed in seeds:
+        shares = {name: _share(problems) for name, problems in found[seed].items()}
+        by_seed.append({**shares, OVERALL: float(np.mean(list(shares.values())))})
+    return {name: float(np.mean([shares[name] for shares in by_seed])) for name in by_seed[0]}
+
+
+def _share(problems: Sequence[Sequence[float]]) -> float:
+    rewards, samples = np.asarray(problems, dtype=np.float64).T
+    return float(rewards.sum() / samples.sum())
+
+
+def _replicates(found: Mapping[int, Outcomes], seeds: Sequence[int], replicates: int) -> dict[str, np.ndarray]:
+    """Per capability and overall, the replicates [B]. The draws depend on the seeds and capabilities alone."""
+    generator = np.random.default_rng(seed_for(0, "bootstrap", *seeds))
+    drawn = generator.integers(len(seeds), size=(replicates, len(seeds)))
+    totals: dict[str, np.ndarray] = {}
+    for place in range(len(seeds)):
+        for number, seed in enumerate(seeds):
+            chosen = drawn[:, place] == number
+            for name, problems in found[seed].items():
+                rewards, samples = np.asarray(problems, dtype=np.float64).T
+                chance = np.random.default_rng(seed_for(0, "bootstrap", name, seed, place, *seeds))
+                weights = chance.multinomial(len(rewards), np.full(len(rewards), 1 / len(rewards)), int(chosen.sum()))
+                total = totals.setdefault(name, np.zeros(replicates))
+                total[chosen] += (weights @ rewards) / (weights @ samples)
+    means = {name: total / len(seeds) for name, total in totals.items()}
+    return {**means, OVERALL: np.mean(list(means.values()), axis=0)}
+
+
+def _interval(mean: float, replicates: np.ndarray) -> Interval:
+    low, high = np.quantile(replicates, (0.025, 0.975))
+    return Interval(mean, min(float(low), mean), max(float(high), mean))
+
+
+def _difference(mean: float, replicates: np.ndarray) -> Difference:
+    interval = _interval(mean, replicates)
+    # One is added on both sides: no finite number of replicates can show a probability of 0.
+    count = len(replicates) + 1
+    tail = min(int((replicates <= 0).sum()) + 1, int((replicates >= 0).sum()) + 1)
+    return Difference(interval.mean, interval.low, interval.high, min(1.0, 2 * tail / count))
+
+
+def _check_same_problems(rows: Mapping[str, Mapping[int, Outcomes]]) -> None:
+    sizes: dict[int, tuple[str, dict[str, list[float]]]] = {}
+    for label, found in rows.items():
+        for seed, outcomes in found.items():
+            samples = {name: [problem[1] for problem in problems] for name, problems in outcomes.items()}
+            first, expected = sizes.setdefault(seed, (label, samples))
+            if samples != expected:
+                raise ValueError(f"seed {seed}: {label!r} and {first!r} were tested on different problems")

@@ -1,0 +1,83 @@
+"""The table of a comparison, from runs that are made up."""
+
+import json
+
+import pytest
+from comparisons import comparison, describe, make_up
+from rich.console import Console
+
+from copd_megatron.compare.command import compare
+from copd_megatron.compare.results import gather
+from copd_megatron.errors import CopdError
+
+SHARES = {"experts": 0.5, "mopd": 0.55, "copd": 0.7, "slow": 0.65}
+
+
+@pytest.fixture
+def given(tmp_path):
+    """Two seeds of everything but one seed of MOPD; the arm `slow` was never run."""
+    found = comparison(tmp_path)
+    for name, updates in (("experts", 10), ("mopd", 10), ("copd", 15)):
+        for seed in (0, 1):
+            if (name, seed) != ("mopd", 1):
+                make_up(found, name, seed, SHARES[name], updates)
+    return found
+
+
+def test_rows_say_what_they_are_what_they_cost_and_why_they_are_missing(given):
+    rows = {row.label: row for row in gather(given, {("slow", 0): "out of memory"})}
+    assert list(rows) == ["base", "text expert", "merge without OPD", "MOPD", "CoPD", "CoPD 2 : 1"]
+    assert rows["base"].cost is None
+    assert rows["text expert"].cost["updates"] == 10
+    assert rows["merge without OPD"].cost["updates"] == 20
+    assert (rows["MOPD"].cost["updates"], rows["MOPD"].cost["depth"]) == (30, 20)
+    assert (rows["CoPD"].cost["updates"], rows["CoPD"].cost["depth"]) == (30, 15)
+    assert rows["MOPD"].accuracy.seeds == (0,)
+    assert rows["MOPD"].missing == {1: "not run"}
+    assert rows["CoPD 2 : 1"].accuracy is None
+    assert rows["CoPD 2 : 1"].missing == {0: "out of memory", 1: "not run"}
+    assert rows["base"].accuracy.versus["overall"].mean < -0.15
+    assert all(row.budget is None for row in rows.values())
+
+
+def test_pages_have_every_row_and_every_plot(given, tmp_path):
+    make_up(given, "slow", 0, SHARES["slow"], 15)
+    compare(describe(tmp_path), [], Console(quiet=True), train=False)
+    out = tmp_path / "out"
+    page, html = (out / "compare.md").read_text(), (out / "compare.html").read_text()
+    for text in ("MOPD", "CoPD 2 : 1", "seed 1 not run: not run", "SYNTHETIC convention", "fewer than three seeds"):
+        assert text in page
+        assert text in html
+    assert sorted(path.stem for path in (out / "plots").iterdir()) == ["accuracy", "drift", "forgetting", "sweep"]
+    content = json.loads((out / "compare.json").read_text())
+    row = next(row for row in content["rows"] if row["label"] == "MOPD")
+    assert row["missing"] == {"1": "not run"}
+    assert 0 < row["accuracy"]["versus"]["overall"]["p"] <= 1
+
+
+def test_row_that_was_never_run_says_so(given, tmp_path):
+    compare(describe(tmp_path), [], Console(quiet=True), train=False)
+    line = next(line for line in (tmp_path / "out/compare.md").read_text().splitlines() if "CoPD 2 : 1" in line)
+    assert "not run" in line
+    assert "±" not in line
+
+
+def test_unequal_budget_is_an_error_after_the_table_is_written(given, tmp_path):
+    make_up(given, "slow", 0, SHARES["slow"], 16)
+    with pytest.raises(CopdError, match=r"CoPD 2 : 1 \(slow\): updates \+6\.7%, rollout tokens \+6\.7%"):
+        compare(describe(tmp_path), [], Console(quiet=True), train=False)
+    assert "Not at equal budget" in (tmp_path / "out/compare.md").read_text()
+    compare(describe(tmp_path, tolerance=0.07), [], Console(quiet=True), train=False)
+
+
+def test_nothing_to_compare_is_said(tmp_path):
+    with pytest.raises(CopdError, match="no run of this comparison has a result"):
+        compare(describe(tmp_path), [], Console(quiet=True), train=False)
+
+
+def test_row_of_a_model_that_does_not_exist_is_named(tmp_path):
+    arms = [{"name": "copd", "rows": [{"label": "CoPD", "model": "merged"}, {"label": "x", "model": "texts branch"}]}]
+    found = comparison(tmp_path, arms=arms)
+    make_up(found, "copd", 0, 0.7, 5)
+    with pytest.raises(CopdError, match="'x' is to be 'texts branch', but it has base, text branch"):
+        gather(found, {})

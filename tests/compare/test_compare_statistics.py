@@ -1,0 +1,96 @@
+"""Intervals and paired differences over seeds."""
+
+import math
+import random
+
+import pytest
+
+from copd_megatron.compare.statistics import OVERALL, accuracies
+
+
+def drawn(share, problems=400, seed=0):
+    draw = random.Random(seed)
+    return [[float(draw.random() < share), 1] for _ in range(problems)]
+
+
+def test_interval_over_problems_is_that_of_a_proportion():
+    row = accuracies({"CoPD": {0: {"text": drawn(0.6, 1000)}}}, "CoPD")["CoPD"].of["text"]
+    half = 1.96 * math.sqrt(row.mean * (1 - row.mean) / 1000)
+    assert row.low == pytest.approx(row.mean - half, abs=0.004)
+    assert row.high == pytest.approx(row.mean + half, abs=0.004)
+
+
+def test_overall_is_the_unweighted_mean_over_capabilities():
+    outcomes = {"text": [[1.0, 1]] * 10, "image": [[0.0, 1]] * 1000}
+    found = accuracies({"CoPD": {0: outcomes}}, "CoPD")["CoPD"].of
+    assert (found["text"].mean, found["image"].mean, found[OVERALL].mean) == (1.0, 0.0, 0.5)
+    assert (found[OVERALL].low, found[OVERALL].high) == (0.5, 0.5)
+
+
+def test_problems_with_several_samples_weigh_as_many():
+    found = accuracies({"CoPD": {0: {"text": [[3.0, 4], [0.0, 1]]}}}, "CoPD")["CoPD"]
+    assert found.of["text"].mean == pytest.approx(0.6)
+
+
+def test_spread_over_seeds_is_in_the_interval():
+    alike = {seed: {"text": drawn(0.5, seed=seed)} for seed in range(3)}
+    apart = {seed: {"text": drawn(0.2 + 0.3 * seed, seed=seed)} for seed in range(3)}
+    width = {
+        name: (lambda row: row.high - row.low)(accuracies({"CoPD": found}, "CoPD")["CoPD"].of["text"])
+        for name, found in {"alike": alike, "apart": apart}.items()
+    }
+    assert width["alike"] < 0.08
+    assert width["apart"] > 0.3
+
+
+def test_difference_is_paired_by_problem():
+    base = drawn(0.5, 400)
+    better = [[max(reward, float(number % 20 == 0)), 1] for number, (reward, _) in enumerate(base)]
+    rows = {"CoPD": {0: {"text": better}}, "base": {0: {"text": base}}}
+    found = accuracies(rows, "CoPD")
+    versus = found["base"].versus["text"]
+    assert versus.mean == pytest.approx(found["base"].of["text"].mean - found["CoPD"].of["text"].mean)
+    assert versus.high - versus.low < 0.04 < found["base"].of["text"].high - found["base"].of["text"].low
+    assert versus.high < 0
+    assert versus.p < 0.01
+    assert found["CoPD"].versus == {}
+
+
+def test_equal_rows_do_not_differ():
+    outcomes = {seed: {"text": drawn(0.5, seed=seed)} for seed in range(3)}
+    versus = accuracies({"CoPD": outcomes, "twin": dict(outcomes)}, "CoPD")["twin"].versus[OVERALL]
+    assert (versus.mean, versus.low, versus.high, versus.p) == (0, 0, 0, 1.0)
+
+
+def test_p_values_of_equally_good_rows_are_seldom_small():
+    small = 0
+    for trial in range(60):
+        rows = {name: {0: {"text": drawn(0.5, 200, seed=(trial, name).__repr__())}} for name in ("CoPD", "other")}
+        small += accuracies(rows, "CoPD", replicates=400)["other"].versus["text"].p < 0.05
+    assert small <= 9, "3 expected"
+
+
+def test_only_seeds_that_both_have_are_compared():
+    rows = {
+        "CoPD": {seed: {"text": [[1.0, 1]] * 5} for seed in (0, 1)},
+        "mixed": {1: {"text": [[1.0, 1]] * 5}, 2: {"text": [[0.0, 1]] * 5}},
+        "MOPD": {},
+    }
+    found = accuracies(rows, "CoPD")
+    assert set(found) == {"CoPD", "mixed"}
+    assert found["mixed"].seeds == (1, 2)
+    assert found["mixed"].of["text"].mean == 0.5
+    assert found["mixed"].versus["text"].mean == 0.0
+    alone = accuracies({"mixed": rows["mixed"]}, "CoPD")["mixed"]
+    assert alone.versus == {}
+
+
+def test_other_problems_are_refused():
+    rows = {"CoPD": {0: {"text": drawn(0.5, 10)}}, "mixed": {0: {"text": drawn(0.5, 11)}}}
+    with pytest.raises(ValueError, match="tested on different problems"):
+        accuracies(rows, "CoPD")
+
+
+def test_the_same_numbers_come_out_again():
+    rows = {"CoPD": {seed: {"text": drawn(0.5, seed=seed)} for seed in range(2)}}
+    assert accuracies(rows, "CoPD") == accuracies(rows, "CoPD")
