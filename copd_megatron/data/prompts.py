@@ -18,7 +18,7 @@ from PIL import Image
 
 from copd_megatron.data.example import Example
 from copd_megatron.errors import DataError, WeightsError
-from copd_megatron.rollout.types import Images, Prompt
+from copd_megatron.rollout.types import Media, Prompt
 from copd_megatron.weights.hf import read_config
 
 if TYPE_CHECKING:
@@ -101,9 +101,9 @@ class PromptBuilder:
                 answer=draft.example.answer,
                 verifier=draft.example.verifier,
                 text=draft.text,
-                images=images,
+                media=media,
             )
-            for draft, images in zip(drafts, self._process(drafts), strict=True)
+            for draft, media in zip(drafts, self._process(drafts), strict=True)
         ]
         return prompts, refused
 
@@ -169,7 +169,7 @@ class PromptBuilder:
                 f"image of unusable size: image {number}, {image.width} x {image.height}, {error}"
             ) from error
 
-    def _process(self, drafts: list[_Draft]) -> list[Images | None]:
+    def _process(self, drafts: list[_Draft]) -> list[Media | None]:
         """The pixels of all drafts in one call, cut up again; None for a draft without images."""
         images = [image for draft in drafts for image in draft.example.images]
         if not images:
@@ -182,7 +182,7 @@ class PromptBuilder:
         grids = processed["image_grid_thw"].split([len(draft.patches) for draft in drafts])
         return [
             # Copies, so that a prompt that is kept or sent to another process does not take its batch along.
-            Images(value.clone(), grid.clone()) if draft.patches else None
+            Media(value.clone(), grid.clone()) if draft.patches else None
             for draft, value, grid in zip(drafts, values, grids, strict=True)
         ]
 

@@ -55,7 +55,7 @@ class Cost:
         start = len(prompt.token_ids)
         tokens = start + sum(responses)
         pairs = start**2 / 2 + sum(length * start + length**2 / 2 for length in responses)
-        frames = [] if prompt.images is None else prompt.images.grid_thw.tolist()
+        frames = [] if prompt.media is None else prompt.media.grid_thw.tolist()
         patches = sum(t * h * w for t, h, w in frames)
         patch_pairs = sum(t * (h * w) ** 2 for t, h, w in frames)
         return self.token * tokens + self.pair * pairs + self.patch * patches + self.patch_pair * patch_pairs

@@ -130,12 +130,12 @@ def _same(one: Prompt, other: Prompt) -> bool:
     """Whether two prompts are the same input, whatever they are called."""
     if one is other:
         return True
-    if one.token_ids != other.token_ids or (one.images is None) != (other.images is None):
+    if one.token_ids != other.token_ids or (one.media is None) != (other.media is None):
         return False
-    if one.images is None or other.images is None or one.images is other.images:
+    if one.media is None or other.media is None or one.media is other.media:
         return True
-    return torch.equal(one.images.grid_thw, other.images.grid_thw) and torch.equal(
-        one.images.pixel_values, other.images.pixel_values
+    return torch.equal(one.media.grid_thw, other.media.grid_thw) and torch.equal(
+        one.media.pixel_values, other.media.pixel_values
     )
 
 
@@ -211,7 +211,7 @@ def _build(
 
     share = torch.tensor([1.0 / (len(s.rollout.token_ids) * counts[s.source]) for s in chosen], dtype=torch.float32)
     advantage = torch.tensor([sample.advantage for sample in chosen], dtype=torch.float32)
-    images = [prompt.images for prompt in prompts if prompt.images is not None]
+    images = [prompt.media for prompt in prompts if prompt.media is not None]
     return MicroBatch(
         token_ids=torch.cat([prompt_ids, targets[is_input]]),
         position_ids=torch.cat([*prompt_positions, response_positions.expand(3, -1)], dim=1),

@@ -174,13 +174,13 @@ class Policy:
         """Position ids int64 [3, S] of a prompt's tokens. DataError for images where the model takes text alone, or
         where they do not fit the tokens."""
         if self._vision is None:
-            if prompt.images is not None:
+            if prompt.media is not None:
                 raise DataError(
                     f"prompt {prompt.uid}: has images, but a {self.hf_config.model_type!r} takes text alone; give it "
                     "data without images, or choose a base that sees"
                 )
             return text_positions(len(prompt.token_ids))
-        grid = None if prompt.images is None else prompt.images.grid_thw
+        grid = None if prompt.media is None else prompt.media.grid_thw
         return prompt_positions(prompt.token_ids, grid, self._vision.image_token_id, self._vision.merge)
 
     def _counts(self, samples: Sequence[Sample], sequences: Mapping[int, int] | None = None) -> Mapping[int, int]:

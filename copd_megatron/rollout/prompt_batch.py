@@ -57,14 +57,14 @@ def check_prompt(prompt: Prompt, config: Any) -> None:
     """
     check_tokens(prompt.token_ids, config, f"prompt {prompt.uid}")
     if not takes_images(config):
-        if prompt.images is not None:
+        if prompt.media is not None:
             raise DataError(f"prompt {prompt.uid}: has images, but a {config.model_type!r} takes text alone")
         return
     patches = merged = 0
-    if prompt.images is not None:
-        patches = int(prompt.images.grid_thw.prod(-1).sum())
+    if prompt.media is not None:
+        patches = int(prompt.media.grid_thw.prod(-1).sum())
         merged = patches // config.vision_config.spatial_merge_size**2
-        rows = prompt.images.pixel_values.shape[0]
+        rows = prompt.media.pixel_values.shape[0]
         if rows != patches:
             raise DataError(f"prompt {prompt.uid}: pixel_values has {rows} patches, grid_thw counts {patches}")
     tokens = prompt.token_ids.count(config.image_token_id)
@@ -90,9 +90,9 @@ def prompt_batch(prompts: Sequence[Prompt], model: Any, device: torch.device) ->
     for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         ids = torch.tensor(prompt.token_ids)
         layout = None
-        if prompt.images is not None:
+        if prompt.media is not None:
             is_image = ids == model.config.image_token_id
-            layout = is_image.numpy().tobytes(), prompt.images.grid_thw.numpy().tobytes()
+            layout = is_image.numpy().tobytes(), prompt.media.grid_thw.numpy().tobytes()
         if (layout, length) not in known:
             known[layout, length] = _positions(prompt, ids, model)
         positions = known[layout, length]
@@ -100,7 +100,7 @@ def prompt_batch(prompts: Sequence[Prompt], model: Any, device: torch.device) ->
         mask[row, width - length :] = True
         position_ids[:, row, width - length :] = positions
         next_position[row] = positions.max() + 1
-    images = [prompt.images for prompt in prompts if prompt.images is not None]
+    images = [prompt.media for prompt in prompts if prompt.media is not None]
     return PromptBatch(
         token_ids=token_ids.to(device),
         mask=None if min(lengths) == width else mask.to(device),
@@ -113,10 +113,10 @@ def prompt_batch(prompts: Sequence[Prompt], model: Any, device: torch.device) ->
 
 def _positions(prompt: Prompt, ids: torch.Tensor, model: Any) -> torch.Tensor:
     """Positions int64 [3, length] of one prompt."""
-    if prompt.images is None:
+    if prompt.media is None:
         return torch.arange(len(ids)).expand(3, -1)
     is_image = (ids == model.config.image_token_id).int()
     positions, _ = model.get_rope_index(
-        ids[None], mm_token_type_ids=is_image[None], image_grid_thw=prompt.images.grid_thw
+        ids[None], mm_token_type_ids=is_image[None], image_grid_thw=prompt.media.grid_thw
     )
     return positions[:, 0]

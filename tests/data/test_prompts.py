@@ -88,12 +88,12 @@ def check_equal(processor: Any, builder: PromptBuilder, examples: list[Example])
         expected = plain(processor, wanted)
         assert prompt.token_ids == tuple(expected["input_ids"][0].tolist())
         if wanted.images:
-            assert prompt.images is not None
-            assert prompt.images.pixel_values.dtype == torch.float32
-            assert torch.equal(prompt.images.pixel_values, expected["pixel_values"])
-            assert torch.equal(prompt.images.grid_thw, expected["image_grid_thw"])
+            assert prompt.media is not None
+            assert prompt.media.pixel_values.dtype == torch.float32
+            assert torch.equal(prompt.media.pixel_values, expected["pixel_values"])
+            assert torch.equal(prompt.media.grid_thw, expected["image_grid_thw"])
         else:
-            assert prompt.images is None
+            assert prompt.media is None
 
 
 def test_a_batch_of_all_kinds_equals_the_plain_processor_call_on_each(processor: Any, builder: PromptBuilder) -> None:
@@ -153,8 +153,8 @@ def test_building_leaves_the_example_as_it_was(builder: PromptBuilder) -> None:
 def test_a_prompt_owns_its_pixels(builder: PromptBuilder) -> None:
     prompts, _ = builder.build_many([example(picture(32, 8, seed=seed)) for seed in range(4)], "image")
     for prompt in prompts:
-        assert prompt.images is not None
-        pixels = prompt.images.pixel_values
+        assert prompt.media is not None
+        pixels = prompt.media.pixel_values
         assert pixels.untyped_storage().nbytes() == pixels.numel() * pixels.element_size()
 
 
@@ -207,7 +207,7 @@ def test_what_cannot_become_a_prompt_is_refused_with_its_reason_and_spares_the_o
 ) -> None:
     wrong = REFUSED[reason]()
     prompts, refused = builder.build_many([VARIETY[1], wrong, VARIETY[0]], "mixed")
-    assert [prompt.images is None for prompt in prompts] == [False, True]
+    assert [prompt.media is None for prompt in prompts] == [False, True]
     assert refused[0].uid == "u"
     assert refused[0].reason.startswith(reason)
     with pytest.raises(DataError, match=f"^u: {re.escape(reason)}"):

@@ -45,7 +45,7 @@ def test_text_in_parts_is_text(builder: PromptBuilder) -> None:
     whole = builder.build(asked("sum 3852="), "text")
     parts = builder.build(asked([{"type": "text", "text": "sum 38"}, {"type": "text", "text": "52="}]), "text")
 
-    assert whole.images is None
+    assert whole.media is None
     assert whole.token_ids == parts.token_ids
     assert builder.tokenizer.decode(whole.token_ids) == "<|im_start|>sum 3852=<|im_end|><|im_start|>"
 

@@ -9,17 +9,17 @@ import torch
 
 from copd_megatron.errors import ConfigError
 from copd_megatron.policy.batching import NATIVE, Packed, Sample, pack
-from copd_megatron.rollout.types import Images, Prompt, Rollout, TeacherScores
+from copd_megatron.rollout.types import Media, Prompt, Rollout, TeacherScores
 
 IMAGE = 7
 
 
-def prompt(uid: str, *token_ids: int, images: Images | None = None) -> Prompt:
-    return Prompt(uid, "text", token_ids, answer="", verifier="exact", text="", images=images)
+def prompt(uid: str, *token_ids: int, media: Media | None = None) -> Prompt:
+    return Prompt(uid, "text", token_ids, answer="", verifier="exact", text="", media=media)
 
 
-def picture(value: float, patches: int = 4) -> Images:
-    return Images(torch.full((patches, 6), value), torch.tensor([[1, 2, patches // 2]]))
+def picture(value: float, patches: int = 4) -> Media:
+    return Media(torch.full((patches, 6), value), torch.tensor([[1, 2, patches // 2]]))
 
 
 def sample(question: Prompt, *token_ids: int, source: int = NATIVE, advantage: float = 0.0, top_k: int = 0) -> Sample:
@@ -110,8 +110,8 @@ def test_advantage_and_source_follow_their_tokens() -> None:
 
 
 def test_prompt_and_pictures_of_a_group_are_packed_once() -> None:
-    pictured = prompt("a", 1, IMAGE, 2, images=picture(1.0))
-    other = prompt("b", IMAGE, 3, 4, images=picture(2.0))
+    pictured = prompt("a", 1, IMAGE, 2, media=picture(1.0))
+    other = prompt("b", IMAGE, 3, 4, media=picture(2.0))
     plain = prompt("c", 5, 6)
     samples = [sample(q, 8, IMAGE, 9) for q in (pictured, other, pictured, plain, pictured)]
     result = packed(samples)
@@ -134,8 +134,8 @@ def test_text_only_micro_batches_carry_no_pictures() -> None:
 
 
 def test_same_name_with_another_picture_is_another_prompt() -> None:
-    one, other = (prompt("a", 1, IMAGE, images=picture(value)) for value in (1.0, 2.0))
-    again = prompt("a", 1, IMAGE, images=picture(1.0))
+    one, other = (prompt("a", 1, IMAGE, media=picture(value)) for value in (1.0, 2.0))
+    again = prompt("a", 1, IMAGE, media=picture(1.0))
     batch = packed([sample(one, 3), sample(other, 4), sample(again, 5)]).microbatches[0]
     assert batch.segments.prompt_of.tolist() == [0, 0, 1]
     assert batch.targets.tolist() == [3, 5, 4]

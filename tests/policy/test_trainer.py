@@ -28,10 +28,10 @@ def reference_logits(model, sample: Sample) -> torch.Tensor:
     prompt = sample.rollout.prompt
     ids = torch.tensor([prompt.token_ids + sample.rollout.token_ids[:-1]])
     images = {}
-    if prompt.images is not None:
+    if prompt.media is not None:
         images = {
-            "pixel_values": prompt.images.pixel_values,
-            "image_grid_thw": prompt.images.grid_thw,
+            "pixel_values": prompt.media.pixel_values,
+            "image_grid_thw": prompt.media.grid_thw,
             "mm_token_type_ids": (ids == model.config.image_token_id).int(),
         }
     return model(input_ids=ids, **images).logits[0, len(prompt.token_ids) - 1 :]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import CHARACTERS, FRAMES, IMAGE, MERGE, PATCH, SPECIAL, VISION, VISION_END, build_folder
 
-from copd_megatron.rollout.types import Images, Prompt
+from copd_megatron.rollout.types import Media, Prompt
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +44,8 @@ def make_prompt() -> Callable[..., Prompt]:
             grids.append([1, rows * MERGE, columns * MERGE])
             token_ids += [VISION, *[IMAGE] * (rows * columns), VISION_END]
         token_ids += [len(SPECIAL) + CHARACTERS.index(character) for character in text]
-        images = Images(torch.cat(pixels), torch.tensor(grids)) if sizes else None
-        return Prompt(uid or f"{text}{sizes}", "test", tuple(token_ids), "", "exact", text, images)
+        media = Media(torch.cat(pixels), torch.tensor(grids)) if sizes else None
+        return Prompt(uid or f"{text}{sizes}", "test", tuple(token_ids), "", "exact", text, media)
 
     return make
 

@@ -35,9 +35,9 @@ def plain_logprobs(reference: Any, rollout: Rollout) -> torch.Tensor:
     """Logprobs [R, V] of a plain forward over prompt and response."""
     ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if rollout.prompt.images is not None:
-        inputs["pixel_values"] = rollout.prompt.images.pixel_values
-        inputs["image_grid_thw"] = rollout.prompt.images.grid_thw
+    if rollout.prompt.media is not None:
+        inputs["pixel_values"] = rollout.prompt.media.pixel_values
+        inputs["image_grid_thw"] = rollout.prompt.media.grid_thw
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     reference.model.rope_deltas = None
     with torch.no_grad():

@@ -60,9 +60,9 @@ def plain_logprobs(model_dir: Path, rollouts: list[Rollout]) -> list[torch.Tenso
     for rollout in rollouts:
         ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
         inputs = {"input_ids": ids}
-        if rollout.prompt.images is not None:
-            inputs["pixel_values"] = rollout.prompt.images.pixel_values
-            inputs["image_grid_thw"] = rollout.prompt.images.grid_thw
+        if rollout.prompt.media is not None:
+            inputs["pixel_values"] = rollout.prompt.media.pixel_values
+            inputs["image_grid_thw"] = rollout.prompt.media.grid_thw
             inputs["mm_token_type_ids"] = (ids == IMAGE).int()
         model.model.rope_deltas = None
         with torch.no_grad():
@@ -143,7 +143,7 @@ def test_every_published_weight_has_its_own_place(model_dir: Path) -> None:
 
 def test_image_tokens_without_their_images_are_refused(tmp_path: Path, make_prompt: Callable[..., Prompt]) -> None:
     engine = EmbeddedEngine("text", save(tmp_path, config_of("qwen2_5_vl")))
-    blind = replace(make_prompt("what?", (2, 4)), images=None)
+    blind = replace(make_prompt("what?", (2, 4)), media=None)
 
     with pytest.raises(DataError, match=r"8 image tokens, but its images make 0 merged patches"):
         engine.generate([blind], SAMPLED, seed=0)

@@ -11,7 +11,7 @@ import torch
 from copd_megatron.errors import DataError
 from copd_megatron.rollout import decoding
 from copd_megatron.rollout.embedded import EmbeddedEngine
-from copd_megatron.rollout.types import Images, Prompt, Rollout, Sampling
+from copd_megatron.rollout.types import Media, Prompt, Rollout, Sampling
 
 PAD, END, IMAGE, VIDEO = 0, 1, 4, 5  # of the model in conftest.py
 GREEDY = Sampling(max_new_tokens=10, stop_token_ids=(END,), temperature=0.0)
@@ -34,9 +34,9 @@ def model_inputs(prompt: Prompt, response: Sequence[int] = ()) -> dict[str, torc
     """What a plain transformers model takes for one prompt and its response."""
     ids = torch.tensor([[*prompt.token_ids, *response]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if prompt.images is not None:
-        inputs["pixel_values"] = prompt.images.pixel_values
-        inputs["image_grid_thw"] = prompt.images.grid_thw
+    if prompt.media is not None:
+        inputs["pixel_values"] = prompt.media.pixel_values
+        inputs["image_grid_thw"] = prompt.media.grid_thw
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     return inputs
 
@@ -213,22 +213,22 @@ def test_pitfall_10_image_tokens_without_their_images_are_refused(
     engine: EmbeddedEngine, make_prompt: Callable[..., Prompt]
 ) -> None:
     seen = make_prompt("what?", (2, 4))
-    blind = replace(seen, images=None)
+    blind = replace(seen, media=None)
     with pytest.raises(DataError, match=r"prompt what.*: 8 image tokens, but its images make 0 merged patches"):
         engine.generate([blind], GREEDY, seed=0)
     other = make_prompt("what?", (2, 3))
     with pytest.raises(DataError, match=r"8 image tokens, but its images make 6 merged patches"):
-        engine.generate([replace(seen, images=other.images)], GREEDY, seed=0)
+        engine.generate([replace(seen, media=other.media)], GREEDY, seed=0)
 
 
 def test_images_whose_patches_are_incomplete_are_refused(
     engine: EmbeddedEngine, make_prompt: Callable[..., Prompt]
 ) -> None:
     prompt = make_prompt("what?", (2, 4))
-    assert prompt.images is not None
-    cut = Images(prompt.images.pixel_values[:-4], prompt.images.grid_thw)
+    assert prompt.media is not None
+    cut = Media(prompt.media.pixel_values[:-4], prompt.media.grid_thw)
     with pytest.raises(DataError, match="pixel_values has 28 patches, grid_thw counts 32"):
-        engine.generate([replace(prompt, images=cut)], GREEDY, seed=0)
+        engine.generate([replace(prompt, media=cut)], GREEDY, seed=0)
 
 
 def test_prompts_that_no_model_can_read_are_refused(engine: EmbeddedEngine, make_prompt: Callable[..., Prompt]) -> None:

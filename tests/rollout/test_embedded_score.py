@@ -44,9 +44,9 @@ def expected(tied_folder: Path, rollouts: list[Rollout]) -> list[torch.Tensor]:
     for rollout in rollouts:
         ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
         inputs = {"input_ids": ids}
-        if rollout.prompt.images is not None:
-            inputs["pixel_values"] = rollout.prompt.images.pixel_values
-            inputs["image_grid_thw"] = rollout.prompt.images.grid_thw
+        if rollout.prompt.media is not None:
+            inputs["pixel_values"] = rollout.prompt.media.pixel_values
+            inputs["image_grid_thw"] = rollout.prompt.media.grid_thw
             inputs["mm_token_type_ids"] = (ids == IMAGE).int()
         model.model.rope_deltas = None
         with torch.no_grad():
@@ -151,22 +151,22 @@ def test_scores_can_enter_a_training_graph(teacher: EmbeddedEngine, rollouts: li
 def test_pitfall_10_images_reach_the_teacher_as_they_reached_the_student(
     teacher: EmbeddedEngine, rollouts: list[Rollout], expected: list[torch.Tensor]
 ) -> None:
-    with_images = [place for place, rollout in enumerate(rollouts) if rollout.prompt.images is not None]
+    with_images = [place for place, rollout in enumerate(rollouts) if rollout.prompt.media is not None]
     seen = [rollouts[place] for place in with_images]
     assert_scores(teacher.score(seen, 5, 1.0), seen, [expected[place] for place in with_images], 1.0)
     # What a teacher of other pixels would have said is told apart by the same comparison.
     first = seen[0]
-    images = first.prompt.images
+    images = first.prompt.media
     assert images is not None
     dark = replace(images, pixel_values=torch.zeros_like(images.pixel_values))
-    other = teacher.score([replace(first, prompt=replace(first.prompt, images=dark))], 5, 1.0)[0]
+    other = teacher.score([replace(first, prompt=replace(first.prompt, media=dark))], 5, 1.0)[0]
     assert (other.logprobs - teacher.score([first], 5, 1.0)[0].logprobs).abs().max() > 0.01
 
 
 def test_pitfall_10_a_blind_teacher_is_an_error(
     teacher: EmbeddedEngine, rollouts: list[Rollout], make_prompt: Callable[..., Prompt]
 ) -> None:
-    blind = replace(rollouts[0], prompt=replace(make_prompt("what?", (2, 4)), images=None))
+    blind = replace(rollouts[0], prompt=replace(make_prompt("what?", (2, 4)), media=None))
     with pytest.raises(DataError, match="8 image tokens, but its images make 0 merged patches"):
         teacher.score([rollouts[1], blind], 5, 1.0)
 

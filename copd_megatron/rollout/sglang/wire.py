@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from copd_megatron.rollout.sglang import media
-from copd_megatron.rollout.types import Images, Prompt, Rollout, Sampling
+from copd_megatron.rollout.sglang import pixels
+from copd_megatron.rollout.types import Media, Prompt, Rollout, Sampling
 
 _SEED_BITS = 0x7FFFFFFF
 
@@ -64,10 +64,10 @@ class Scored:
 
 def media_fields(prompt: Prompt, tokens: Tokens, version: str) -> dict[str, Any]:
     """The part of a request that carries the prompt's images; the same for all its rollouts at `version`."""
-    if prompt.images is None:
+    if prompt.media is None:
         return {}
-    offsets = _offsets(prompt.token_ids, prompt.images, tokens)
-    return {"image_data": [media.encode(prompt.images.pixel_values, prompt.images.grid_thw, offsets, version)]}
+    offsets = _offsets(prompt.token_ids, prompt.media, tokens)
+    return {"image_data": [pixels.encode(prompt.media.pixel_values, prompt.media.grid_thw, offsets, version)]}
 
 
 def sampling_request(prompt: Prompt, images: dict[str, Any], sampling: Sampling, seed: int) -> dict[str, Any]:
@@ -204,12 +204,12 @@ def _meta(reply: Any, length: int, prompt: Prompt, version: str, tokens: Tokens)
 
 def image_tokens(prompt: Prompt, tokens: Tokens) -> int:
     """How many of the prompt's tokens stand for merged patches of its images."""
-    return 0 if prompt.images is None else int(prompt.images.grid_thw.prod(-1).sum()) // tokens.merge**2
+    return 0 if prompt.media is None else int(prompt.media.grid_thw.prod(-1).sum()) // tokens.merge**2
 
 
-def _offsets(ids: Sequence[int | None], images: Images, tokens: Tokens) -> list[tuple[int, int]]:
+def _offsets(ids: Sequence[int | None], media: Media, tokens: Tokens) -> list[tuple[int, int]]:
     """First and last place of each image's tokens."""
-    lengths = (images.grid_thw.prod(-1) // tokens.merge**2).tolist()
+    lengths = (media.grid_thw.prod(-1) // tokens.merge**2).tolist()
     offsets: list[tuple[int, int]] = []
     place = 0
     for length in lengths:

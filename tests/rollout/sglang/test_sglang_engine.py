@@ -56,9 +56,9 @@ def logits(model: Any, prompt: Prompt, response: Sequence[int]) -> torch.Tensor:
     """Logits [R, V] at every token of the response, by a plain forward."""
     ids = torch.tensor([[*prompt.token_ids, *response]])
     inputs = {"input_ids": ids}
-    if prompt.images is not None:
-        inputs["pixel_values"] = prompt.images.pixel_values
-        inputs["image_grid_thw"] = prompt.images.grid_thw
+    if prompt.media is not None:
+        inputs["pixel_values"] = prompt.media.pixel_values
+        inputs["image_grid_thw"] = prompt.media.grid_thw
         place = torch.arange(ids.shape[1]) < len(prompt.token_ids)
         inputs["mm_token_type_ids"] = ((ids == IMAGE) & place).int()
     model.model.rope_deltas = None
@@ -256,7 +256,7 @@ def test_bad_input_is_refused_before_it_is_sent(engine: SGLangEngine, prompts: l
         engine.score([], 1, 0.7)
     with pytest.raises(ValueError, match="top_k is -1"):
         engine.score([], -1, 1.0)
-    blind = replace(prompts[1], images=None)
+    blind = replace(prompts[1], media=None)
     with pytest.raises(DataError, match="image tokens"):
         engine.generate([blind], GREEDY, seed=0)
     with pytest.raises(DataError, match="vocabulary"):

@@ -45,7 +45,7 @@ def test_an_exported_folder_serves(
     first, second = model(tmp_path / "first", family, 1), model(tmp_path / "second", family, 2)
     to_megatron(first, tmp_path / "checkpoint")
     to_hf(tmp_path / "checkpoint", tmp_path / "exported")
-    asked = prompts if "vl" in family else [prompt for prompt in prompts if prompt.images is None]
+    asked = prompts if "vl" in family else [prompt for prompt in prompts if prompt.media is None]
     with start_server(tmp_path / "exported") as server:
         engine = SGLangEngine("text", tmp_path / "exported", server.endpoints("text"), SharedMemory(1 << 18))
         for version, folder in enumerate([first, second]):

@@ -83,7 +83,7 @@ def test_a_server_that_never_makes_sense_is_given_up_with_its_words(
 def test_a_teacher_that_saw_no_image_is_never_believed(
     proxy: FaultyProxy, engine: SGLangEngine, expected: list[Rollout]
 ) -> None:
-    with_image = [rollout for rollout in expected if rollout.prompt.images is not None][:1]
+    with_image = [rollout for rollout in expected if rollout.prompt.media is not None][:1]
     proxy.plan = ["deaf"]
     with pytest.raises(CopdError, match=r"the server saw 0 image tokens, the student \d+"):
         engine.score(with_image, 1, 1.0)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from copd_megatron.rollout.sglang import media, wire
-from copd_megatron.rollout.types import Images, Prompt, Rollout, Sampling
+from copd_megatron.rollout.sglang import pixels, wire
+from copd_megatron.rollout.types import Media, Prompt, Rollout, Sampling
 
 TOKENS = wire.Tokens(vocabulary=20, image=4, merge=2)
 SAMPLING = Sampling(max_new_tokens=3, stop_token_ids=(1,), n=2)
@@ -165,8 +165,8 @@ def test_a_row_for_the_token_before_the_response_is_left_out_if_it_is_there() ->
 
 
 def test_a_server_that_saw_fewer_images_or_more_is_told_apart() -> None:
-    images = Images(torch.zeros(8, 12), torch.tensor([[1, 2, 4]]))
-    seeing = Prompt("p", "image", (8, 4, 4, 11), "", "exact", "", images)
+    media = Media(torch.zeros(8, 12), torch.tensor([[1, 2, 4]]))
+    seeing = Prompt("p", "image", (8, 4, 4, 11), "", "exact", "", media)
     assert wire.read_sample(sample_reply(image_tokens=2), seeing, SAMPLING, VERSION, TOKENS).finish == "stop"
     for seen in (None, 0, 1, 3):
         with pytest.raises(wire.BlindServer, match=f"saw {seen or 0} image tokens, the student 2"):
@@ -174,9 +174,9 @@ def test_a_server_that_saw_fewer_images_or_more_is_told_apart() -> None:
 
 
 def test_the_places_of_images_are_those_of_their_tokens() -> None:
-    images = Images(torch.zeros(24, 12), torch.tensor([[1, 2, 4], [1, 4, 4]]))
-    prompt = Prompt("p", "image", (8, 4, 4, 9, 4, 4, 4, 4, 11), "", "exact", "", images)
-    sent = media.decode(wire.media_fields(prompt, TOKENS, VERSION)["image_data"][0])
+    media = Media(torch.zeros(24, 12), torch.tensor([[1, 2, 4], [1, 4, 4]]))
+    prompt = Prompt("p", "image", (8, 4, 4, 9, 4, 4, 4, 4, 11), "", "exact", "", media)
+    sent = pixels.decode(wire.media_fields(prompt, TOKENS, VERSION)["image_data"][0])
     assert sent.offsets == ((1, 2), (4, 7))
     assert sent.weights == VERSION
     assert wire.media_fields(PROMPT, TOKENS, VERSION) == {}

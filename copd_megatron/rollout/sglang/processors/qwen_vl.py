@@ -10,11 +10,11 @@ from sglang.srt.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from sglang.srt.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
 
-from copd_megatron.rollout.sglang import media
+from copd_megatron.rollout.sglang import pixels
 
 
 class PatchProcessor(QwenVLImageProcessor):
-    """Items of `image_data` that begin with `media.SCHEME` go to the model as they are, at the places that they name.
+    """Items of `image_data` that begin with `pixels.SCHEME` go to the model as they are, at the places that they name.
 
     The request's `input_ids` hold one image token per merged patch and stay what they are. An image token that is no
     image's, as a policy may sample, is then a token like any other. Everything else is left to sglang.
@@ -33,9 +33,9 @@ class PatchProcessor(QwenVLImageProcessor):
         return await super().process_mm_data_async(image_data, input_text, request_obj, *arguments, **keywords)
 
     def _prepared(self, item: Any) -> Any:
-        if not isinstance(item, str) or not item.startswith(media.SCHEME):
+        if not isinstance(item, str) or not item.startswith(pixels.SCHEME):
             return item
-        patches = media.decode(item)
+        patches = pixels.decode(item)
         return {
             "format": "processor_output",
             "modality": "image",
@@ -48,5 +48,5 @@ class PatchProcessor(QwenVLImageProcessor):
     def _postprocess_mm_items_before_transport(self, mm_items: list[Any], *, images: list[Any] | None) -> list[Any]:
         for item in mm_items:
             if weights := item.model_specific_data.pop("weights", None):
-                item.set_hash(media.identity(item.feature, weights))
+                item.set_hash(pixels.identity(item.feature, weights))
         return super()._postprocess_mm_items_before_transport(mm_items, images=images)

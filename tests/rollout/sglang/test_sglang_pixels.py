@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from copd_megatron.rollout.sglang import media
+from copd_megatron.rollout.sglang import pixels
 
 WEIGHTS = "run/text/3"
 GRID = torch.tensor([[1, 2, 4], [1, 4, 2]])
@@ -24,9 +24,9 @@ def test_pictures_travel_as_bytes_and_arrive_bit_for_bit(levels: int) -> None:
     sent = patches(levels)
     if levels > 2:
         sent[2, 4], sent[3, 5], sent[4, 6] = 0.0, -0.0, float("nan")
-    text = media.encode(sent, GRID, [(2, 3), (6, 7)], WEIGHTS)
-    assert "codes" in json.loads(text.removeprefix(media.SCHEME))
-    arrived = media.decode(text)
+    text = pixels.encode(sent, GRID, [(2, 3), (6, 7)], WEIGHTS)
+    assert "codes" in json.loads(text.removeprefix(pixels.SCHEME))
+    arrived = pixels.decode(text)
     assert torch.equal(arrived.pixel_values.view(torch.int32), sent.view(torch.int32))
     assert torch.equal(arrived.grid_thw, GRID)
     assert arrived.offsets == ((2, 3), (6, 7))
@@ -43,13 +43,13 @@ def test_pictures_travel_as_bytes_and_arrive_bit_for_bit(levels: int) -> None:
     ids=["more values than a byte has", "not three colours"],
 )
 def test_anything_else_travels_as_it_is(sent: torch.Tensor) -> None:
-    arrived = media.decode(media.encode(sent, GRID, [(2, 3), (6, 7)], WEIGHTS))
+    arrived = pixels.decode(pixels.encode(sent, GRID, [(2, 3), (6, 7)], WEIGHTS))
     assert torch.equal(arrived.pixel_values.view(torch.int32), sent.view(torch.int32))
 
 
 def test_damage_is_refused_with_its_reason() -> None:
-    text = media.encode(patches(7), GRID, [(2, 3), (6, 7)], WEIGHTS)
-    item = json.loads(text.removeprefix(media.SCHEME))
+    text = pixels.encode(patches(7), GRID, [(2, 3), (6, 7)], WEIGHTS)
+    item = json.loads(text.removeprefix(pixels.SCHEME))
     for key, value, reason in [
         ("codes", item["codes"][:-8], "damaged"),
         ("codes", "$$$$", "damaged"),
@@ -60,13 +60,13 @@ def test_damage_is_refused_with_its_reason() -> None:
         ("shape", [15, 96], "damaged"),
     ]:
         with pytest.raises(ValueError, match=reason):
-            media.decode(media.SCHEME + json.dumps({**item, key: value}))
+            pixels.decode(pixels.SCHEME + json.dumps({**item, key: value}))
     with pytest.raises(ValueError, match="damaged"):
-        media.decode(text[: len(text) // 2])
+        pixels.decode(text[: len(text) // 2])
 
 
 def test_an_image_is_another_to_other_weights() -> None:
     image, other = patches(7), patches(8)
-    names = {media.identity(pixels, weights) for pixels in (image, other) for weights in ("run/text/3", "run/text/4")}
+    names = {pixels.identity(seen, weights) for seen in (image, other) for weights in ("run/text/3", "run/text/4")}
     assert len(names) == 4
-    assert media.identity(image.clone(), WEIGHTS) == media.identity(image, WEIGHTS)
+    assert pixels.identity(image.clone(), WEIGHTS) == pixels.identity(image, WEIGHTS)
