@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_inputs import plain_inputs
 from servers import KEY, RunningServer
 from tiny_models import END, IMAGE, TEXT, build_folder
 
@@ -54,13 +55,7 @@ def reference(folder: Path) -> Any:
 
 def logits(model: Any, prompt: Prompt, response: Sequence[int]) -> torch.Tensor:
     """Logits [R, V] at every token of the response, by a plain forward."""
-    ids = torch.tensor([[*prompt.token_ids, *response]])
-    inputs = {"input_ids": ids}
-    if prompt.media is not None:
-        inputs["pixel_values"] = prompt.media.pixel_values
-        inputs["image_grid_thw"] = prompt.media.grid_thw
-        place = torch.arange(ids.shape[1]) < len(prompt.token_ids)
-        inputs["mm_token_type_ids"] = ((ids == IMAGE) & place).int()
+    inputs = plain_inputs(model, prompt.token_ids, prompt.media, response)
     model.model.rope_deltas = None
     with torch.no_grad():
         return model(**inputs).logits[0, len(prompt.token_ids) - 1 : -1]
