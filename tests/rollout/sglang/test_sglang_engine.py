@@ -13,7 +13,7 @@ import pytest
 import torch
 from plain_inputs import plain_inputs
 from servers import KEY, RunningServer
-from tiny_models import END, IMAGE, TEXT, build_folder
+from tiny_models import END, TEXT, build_folder
 
 from copd_megatron.errors import CopdError, DataError
 from copd_megatron.rollout.embedded import EmbeddedEngine
@@ -79,12 +79,14 @@ def assert_greedy(engine: SGLangEngine, model: Any, prompts: Sequence[Prompt]) -
 
 
 def test_greedy_tokens_and_logprobs_are_those_of_transformers(
-    engine: SGLangEngine, folder: Path, prompts: list[Prompt]
+    engine: SGLangEngine, folder: Path, prompts: list[Prompt], videos: list[Prompt]
 ) -> None:
-    assert_greedy(engine, reference(folder), prompts)
+    assert_greedy(engine, reference(folder), [*prompts, *videos])
 
 
-def test_scores_are_those_of_transformers(engine: SGLangEngine, folder: Path, prompts: list[Prompt]) -> None:
+def test_scores_are_those_of_transformers(
+    engine: SGLangEngine, folder: Path, prompts: list[Prompt], videos: list[Prompt]
+) -> None:
     model = reference(folder)
     rollouts = [
         Rollout(
@@ -95,7 +97,7 @@ def test_scores_are_those_of_transformers(engine: SGLangEngine, folder: Path, pr
             0,
             "",
         )
-        for place, prompt in enumerate([*prompts, *prompts])
+        for place, prompt in enumerate([*prompts, *videos, *prompts, *videos])
     ]
     for rollout, score in zip(rollouts, engine.score(rollouts, 6, 1.0), strict=True):
         expected = torch.log_softmax(logits(model, rollout.prompt, rollout.token_ids), dim=-1)
@@ -109,10 +111,16 @@ def test_scores_are_those_of_transformers(engine: SGLangEngine, folder: Path, pr
         assert torch.equal(score.top_ids[clear], ids[:, :6][clear])
 
 
-def test_every_token_can_be_scored_behind_an_image(engine: SGLangEngine, folder: Path, prompts: list[Prompt]) -> None:
+def test_every_token_can_be_scored_behind_an_image_and_a_video(
+    engine: SGLangEngine, folder: Path, prompts: list[Prompt], videos: list[Prompt]
+) -> None:
     """Also those that stand for images: a policy may sample them, and then they are tokens like any other. (A plain
     forward of transformers refuses them; the embedded engine is held to it for all others.)"""
-    rollouts = [Rollout(prompts[1], (token, 7), torch.zeros(2), "length", 0, "") for token in range(VOCABULARY)]
+    rollouts = [
+        Rollout(prompt, (token, 7), torch.zeros(2), "length", 0, "")
+        for prompt in (prompts[1], videos[1])
+        for token in range(VOCABULARY)
+    ]
     embedded = EmbeddedEngine("text", folder).score(rollouts, 0, 1.0)
     for ours, theirs in zip(engine.score(rollouts, 0, 1.0), embedded, strict=True):
         torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-4)
@@ -121,7 +129,7 @@ def test_every_token_can_be_scored_behind_an_image(engine: SGLangEngine, folder:
 def test_the_compact_form_holds_what_the_nested_one_does(server: RunningServer, engine: SGLangEngine) -> None:
     prompt = Prompt("p", "text", tuple(range(6, 30)), "", "exact", "")
     rollout = Rollout(prompt, tuple(range(30, 45)), torch.zeros(15), "length", 0, "")
-    tokens = wire.Tokens(VOCABULARY, IMAGE, 2)
+    tokens = wire.Tokens(VOCABULARY, None)
     body = wire.scoring_request(rollout, {}, 10, tokens)
     compact = post(server, "/generate", body)
     nested = post(server, "/generate", {key: value for key, value in body.items() if "flat" not in key})
@@ -258,6 +266,22 @@ def test_bad_input_is_refused_before_it_is_sent(engine: SGLangEngine, prompts: l
         engine.score([Rollout(prompts[0], (VOCABULARY,), torch.zeros(1), "stop", 0, "")], 1, 1.0)
     everything = engine.score([Rollout(prompts[0], (9,), torch.zeros(1), "stop", 0, "")], 10**6, 1.0)
     assert everything[0].top_ids.shape == (1, VOCABULARY)
+
+
+def test_a_server_that_was_not_shown_the_video_is_refused(
+    engine: SGLangEngine, videos: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = wire.media_fields
+
+    def blind(*arguments: Any) -> dict[str, Any]:
+        return {name: value for name, value in shown(*arguments).items() if name != "video_data"}
+
+    monkeypatch.setattr(wire, "media_fields", blind)
+    rollout = Rollout(videos[1], (9, END), torch.zeros(2), "stop", 0, "")
+    with pytest.raises(CopdError, match="saw 0 video tokens, the student 12"):
+        engine.score([rollout], 1, 1.0)
+    with pytest.raises(CopdError, match="saw 0 video tokens, the student 6"):
+        engine.generate(videos[:1], GREEDY, seed=0)
 
 
 def test_another_key_is_refused_with_advice(server: RunningServer, folder: Path, prompts: list[Prompt]) -> None:

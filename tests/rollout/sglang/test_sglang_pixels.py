@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,18 +20,22 @@ def patches(levels: int, width: int = 96) -> torch.Tensor:
     return torch.stack([table[colour][codes[:, colour]] for colour in range(3)], dim=1).reshape(16, width)
 
 
+def encoded(sent: torch.Tensor) -> str:
+    return pixels.encode(pixels.Patches(sent, GRID, ((2, 3), (6, 7)), WEIGHTS))
+
+
 @pytest.mark.parametrize("levels", [1, 7, 253])
 def test_pictures_travel_as_bytes_and_arrive_bit_for_bit(levels: int) -> None:
     sent = patches(levels)
     if levels > 2:
         sent[2, 4], sent[3, 5], sent[4, 6] = 0.0, -0.0, float("nan")
-    text = pixels.encode(sent, GRID, [(2, 3), (6, 7)], WEIGHTS)
+    text = encoded(sent)
     assert "codes" in json.loads(text.removeprefix(pixels.SCHEME))
     arrived = pixels.decode(text)
     assert torch.equal(arrived.pixel_values.view(torch.int32), sent.view(torch.int32))
     assert torch.equal(arrived.grid_thw, GRID)
     assert arrived.offsets == ((2, 3), (6, 7))
-    assert arrived.weights == WEIGHTS
+    assert (arrived.weights, arrived.seconds, arrived.positions) == (WEIGHTS, (), None)
     assert len(text) < sent.nbytes / 2 + 8000
 
 
@@ -43,12 +48,26 @@ def test_pictures_travel_as_bytes_and_arrive_bit_for_bit(levels: int) -> None:
     ids=["more values than a byte has", "not three colours"],
 )
 def test_anything_else_travels_as_it_is(sent: torch.Tensor) -> None:
-    arrived = pixels.decode(pixels.encode(sent, GRID, [(2, 3), (6, 7)], WEIGHTS))
+    arrived = pixels.decode(encoded(sent))
     assert torch.equal(arrived.pixel_values.view(torch.int32), sent.view(torch.int32))
 
 
+def test_a_videos_frames_have_a_place_each_and_positions_come_along() -> None:
+    positions = torch.arange(60).reshape(3, 20)
+    grid = torch.tensor([[3, 2, 2], [1, 2, 2]])
+    video = pixels.Patches(
+        patches(7), grid, ((2, 2), (5, 5), (8, 8), (12, 12)), WEIGHTS, seconds=(0.5, 1 / 3), positions=positions
+    )
+    arrived = pixels.decode(pixels.encode(video))
+    assert (arrived.offsets, arrived.seconds) == (video.offsets, video.seconds)
+    assert arrived.positions is not None
+    assert torch.equal(arrived.positions, positions)
+    with pytest.raises(ValueError, match="2 images or videos at 3 places, expected 4"):
+        pixels.decode(pixels.encode(replace(video, offsets=video.offsets[:3])))
+
+
 def test_damage_is_refused_with_its_reason() -> None:
-    text = pixels.encode(patches(7), GRID, [(2, 3), (6, 7)], WEIGHTS)
+    text = encoded(patches(7))
     item = json.loads(text.removeprefix(pixels.SCHEME))
     for key, value, reason in [
         ("codes", item["codes"][:-8], "damaged"),
@@ -56,8 +75,10 @@ def test_damage_is_refused_with_its_reason() -> None:
         ("table", item["table"][:-8], "damaged"),
         ("grid_thw", [[1, 2, 4]], "16 patches"),
         ("grid_thw", "here", "damaged"),
-        ("offsets", [[2, 3]], "2 images at 1 places"),
+        ("offsets", [[2, 3]], "2 images or videos at 1 places, expected 2"),
         ("shape", [15, 96], "damaged"),
+        ("positions", "AAAA", "damaged"),
+        ("seconds", [1.0], "2 images or videos at 2 places"),
     ]:
         with pytest.raises(ValueError, match=reason):
             pixels.decode(pixels.SCHEME + json.dumps({**item, key: value}))
@@ -65,8 +86,14 @@ def test_damage_is_refused_with_its_reason() -> None:
         pixels.decode(text[: len(text) // 2])
 
 
-def test_an_image_is_another_to_other_weights() -> None:
+def test_an_image_is_another_to_other_weights_in_another_shape_and_at_another_pace() -> None:
     image, other = patches(7), patches(8)
-    names = {pixels.identity(seen, weights) for seen in (image, other) for weights in ("run/text/3", "run/text/4")}
-    assert len(names) == 4
-    assert pixels.identity(image.clone(), WEIGHTS) == pixels.identity(image, WEIGHTS)
+    facts = [
+        (seen, grid, seconds, weights)
+        for seen in (image, other)
+        for grid in (GRID[:1], GRID[1:])
+        for seconds in ((), (0.5,), (1.0,))
+        for weights in ("run/text/3", "run/text/4")
+    ]
+    assert len({pixels.identity(*each) for each in facts}) == len(facts) == 24
+    assert pixels.identity(image.clone(), GRID, (), WEIGHTS) == pixels.identity(image, GRID.clone(), (), WEIGHTS)
