@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class MediaTokens:
         """How many tokens the videos of `media` make, or its images."""
         if media is None:
             return 0
-        counts = (media.grid_thw.prod(1) // self.merge**2).tolist()
+        counts = (t * h * w // self.merge**2 for t, h, w in media.grid_thw.tolist())
         return sum(count for number, count in enumerate(counts) if (number in media.videos) == videos)
 
 
@@ -81,18 +82,16 @@ def media_blocks(token_ids: Sequence[int], media: Media | None, tokens: MediaTok
 
     DataError if its image and video tokens do not stand in runs that fit the grids, in the order of the items.
     """
-    ids = torch.as_tensor(token_ids)
-    is_video = ids == tokens.video
-    places = ((ids == tokens.image) | is_video).nonzero().flatten()
-    in_videos = int(is_video.sum())
+    places = [place for place, token in enumerate(token_ids) if token in (tokens.image, tokens.video)]
+    in_videos = sum(token_ids[place] == tokens.video for place in places)
     _check_counts(media, tokens, {False: len(places) - in_videos, True: in_videos})
     blocks: list[Block] = []
     seen = 0
     for item, video, frames, rows, columns, interval in _boxes(media, tokens):
-        block = Block(item, int(places[seen]), frames, rows, columns, interval)
+        block = Block(item, places[seen], frames, rows, columns, interval)
         seen += block.count
-        own = slice(block.first, block.first + block.count)
-        if int(places[seen - 1]) != own.stop - 1 or not (is_video[own] == video).all():
+        own = token_ids[block.first : block.first + block.count]
+        if own.count(tokens.video if video else tokens.image) != block.count:
             raise DataError(
                 f"the {_KIND[video]} at token {block.first} is interrupted: its {block.count} tokens must be adjacent, "
                 "and the items of media in the order of their tokens"
@@ -102,15 +101,21 @@ def media_blocks(token_ids: Sequence[int], media: Media | None, tokens: MediaTok
 
 
 def prompt_positions(token_ids: Sequence[int], media: Media | None, tokens: MediaTokens) -> Tensor:
-    """Position ids int64 [3, S] of a prompt of S tokens. DataError as `media_blocks`."""
+    """Position ids int64 [3, S] of a prompt of S tokens, not to be changed. DataError as `media_blocks`."""
+    return _positions(len(token_ids), tuple(media_blocks(token_ids, media, tokens)))
+
+
+@lru_cache(maxsize=64)  # prompts of one task mostly share a layout
+@torch.inference_mode(False)  # whoever asks first: the policy trains with the same tensor
+def _positions(length: int, blocks: tuple[Block, ...]) -> Tensor:
     parts: list[Tensor] = []
     token = position = 0
-    for block in media_blocks(token_ids, media, tokens):
+    for block in blocks:
         parts.append(_text(position, block.first - token))
         position += block.first - token
         parts.append(block.axes() + position)
         token, position = block.first + block.count, position + max(block.rows, block.columns)
-    parts.append(_text(position, len(token_ids) - token))
+    parts.append(_text(position, length - token))
     return torch.cat(parts, dim=1)
 
 

@@ -183,7 +183,7 @@ def test_small_batches_are_stacked_and_large_ones_are_not(
     assert seen == [not stacked]
 
 
-@pytest.mark.parametrize(("modality", "length"), [("text", 17), ("image", 18)])
+@pytest.mark.parametrize(("modality", "length"), [("text", 17), ("image", 18), ("video", 78)])
 def test_mini_prompts_equal_the_plain_processor_call_and_have_one_length(
     processor: Any, builder: PromptBuilder, modality: Any, length: int
 ) -> None:
@@ -196,6 +196,7 @@ def test_mini_prompts_equal_the_plain_processor_call_and_have_one_length(
         assert (prompt.uid, prompt.answer, prompt.verifier) == (origin.uid, origin.answer, origin.verifier)
         assert prompt.capability == modality
         assert prompt.text.count(PAD) == len(origin.images)
+        assert prompt.text.count("<|video_pad|>") == sum(len(video.frames) // 2 for video in origin.videos)
         assert prompt.text.endswith("<|im_start|>assistant\n")
 
 

@@ -107,3 +107,11 @@ def test_patches_come_in_merge_blocks() -> None:
 
 def test_settings_count_the_features_of_a_patch() -> None:
     assert settings(config(), Layout(), "fp32").vision.patch_features == PATCH_FEATURES
+
+
+def test_positions_that_an_engine_asked_for_first_can_be_trained_with() -> None:
+    prompt = [START, *[IMAGE] * 6, END, *range(17)]
+    with torch.inference_mode():
+        positions = prompt_positions(prompt, media((1, 4, 6)), TOKENS)
+    assert not positions.is_inference()
+    assert prompt_positions(prompt, media((1, 4, 6)), TOKENS) is positions

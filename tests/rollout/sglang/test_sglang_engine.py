@@ -268,22 +268,6 @@ def test_bad_input_is_refused_before_it_is_sent(engine: SGLangEngine, prompts: l
     assert everything[0].top_ids.shape == (1, VOCABULARY)
 
 
-def test_a_server_that_was_not_shown_the_video_is_refused(
-    engine: SGLangEngine, videos: list[Prompt], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown = wire.media_fields
-
-    def blind(*arguments: Any) -> dict[str, Any]:
-        return {name: value for name, value in shown(*arguments).items() if name != "video_data"}
-
-    monkeypatch.setattr(wire, "media_fields", blind)
-    rollout = Rollout(videos[1], (9, END), torch.zeros(2), "stop", 0, "")
-    with pytest.raises(CopdError, match="saw 0 video tokens, the student 12"):
-        engine.score([rollout], 1, 1.0)
-    with pytest.raises(CopdError, match="saw 0 video tokens, the student 6"):
-        engine.generate(videos[:1], GREEDY, seed=0)
-
-
 def test_another_key_is_refused_with_advice(server: RunningServer, folder: Path, prompts: list[Prompt]) -> None:
     stranger = SGLangEngine("text", folder, replace(server.endpoints("text"), key="a guess"))
     stranger.follow(0)
