@@ -63,7 +63,7 @@ def sft(
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
     suite: Annotated[
-        str, typer.Option(help="`mini`, or a run description whose branches' test data are taken.")
+        str, typer.Option(help="`mini`, `mini-video`, or a run description whose branches' test data are taken.")
     ] = "mini",
     n: Annotated[int, typer.Option(help="Samples per problem; 1 is greedy.", min=1)] = 1,
     problems: Annotated[int, typer.Option(help="Problems per capability.", min=1)] = 1024,

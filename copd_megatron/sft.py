@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from copd_megatron.data.mini import MiniTask
+from copd_megatron.data.mini.task import Modality
 from copd_megatron.data.settings import SourceSettings
 from copd_megatron.errors import CopdError
 from copd_megatron.policy.optimizer import OptimizerSettings
@@ -35,7 +36,7 @@ class Demonstrations(BaseModel):
 
     name: str
     """Name of the capability."""
-    mini: Literal["text", "image"] | None = None
+    mini: Modality | None = None
     """Modality of the mini suite's cold-start split."""
     source: SourceSettings | None = None
     """Files or a data set of one's own."""

@@ -198,7 +198,7 @@ def _speed(
 def _wire(server: Server, engine: SGLangEngine, prompt: Prompt, repeats: int) -> dict[str, Any]:
     """Bytes per scored token, what the client adds, what scores cost."""
     rollout = engine.generate([prompt], Sampling(RESPONSE, ()), seed=1)[0]
-    tokens = wire.Tokens(1 << 30, None, 1)
+    tokens = wire.Tokens(1 << 30, None)
     body = wire.scoring_request(rollout, {}, TOP_K, tokens)
     sizes: dict[str, float] = {}
     for form, options in FORMS.items():

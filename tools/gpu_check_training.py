@@ -133,7 +133,7 @@ def _packed(rows: Sequence[Sequence[int]]) -> MicroBatch:
     samples = samples_of(rows)
     tokens = sum(len(row) - 1 for row in rows)
     (batch,) = pack(
-        samples, tokens, {NATIVE: len(samples)}, lambda prompt: torch.zeros(3, 1, dtype=torch.int64), image_token_id=-1
+        samples, tokens, {NATIVE: len(samples)}, lambda prompt: torch.zeros(3, 1, dtype=torch.int64), media_token_ids=()
     ).microbatches
     return batch
 

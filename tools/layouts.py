@@ -138,7 +138,7 @@ def make_samples(seed: int) -> list[Sample]:
 
     from copd_megatron.policy.batching import NATIVE, Sample
     from copd_megatron.randomness import generator
-    from copd_megatron.rollout.types import Images, Prompt, Rollout, TeacherScores
+    from copd_megatron.rollout.types import Media, Prompt, Rollout, TeacherScores
 
     draw = generator(seed, "samples")
 
@@ -153,7 +153,7 @@ def make_samples(seed: int) -> list[Sample]:
         for grid in grids:
             tokens += (START, *[IMAGE] * (int(grid.prod()) // MERGE**2), END)
         pixels = torch.randn(int(grids.prod(1).sum()), 3 * 2 * PATCH**2, generator=draw)
-        return Prompt(f"image{number}", "image", tokens + ids(3), "", "exact", "", Images(pixels, grids))
+        return Prompt(f"image{number}", "image", tokens + ids(3), "", "exact", "", Media(pixels, grids))
 
     samples = []
     for number in range(6):

@@ -1,10 +1,10 @@
 """Make, or find in the cache, the base model of the mini configs.
 
-    python tools/mini_base.py --seed 0 [--experts 4]
+    python tools/mini_base.py --seed 0 [--experts 4] [--video]
 
 A tiny real Qwen3-VL, dense or with experts, is built from the seed and cold-started by `copd sft` on demonstrations of
-mixed quality, which takes a minute or two. The result is kept under a hash of everything it depends on;
-`.cache/mini_base/seed_0`, or `experts4_seed_0`, points to it.
+mixed quality, which takes a minute or two: of text and images, with `--video` of videos too. The result is kept under a
+hash of everything it depends on; `.cache/mini_base/seed_0`, `experts4_seed_0` or `video_seed_0` points to it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "configs" / "mini" / "base.yaml"
-SOURCES = [CONFIG, *sorted((ROOT / "copd_megatron" / "data" / "mini").glob("*.py")), ROOT / "copd_megatron" / "sft.py"]
+CONFIGS = ROOT / "configs" / "mini"
+SOURCES = [*sorted((ROOT / "copd_megatron" / "data" / "mini").glob("*.py")), ROOT / "copd_megatron" / "sft.py"]
 
 
-def content_hash(seed: int, experts: int) -> str:
+def content_hash(seed: int, experts: int, config: Path) -> str:
     """What the base depends on: seed, experts, recipe, mini suite."""
     digest = hashlib.sha256(f"{seed} {experts}".encode())
-    for source in SOURCES:
+    for source in (config, *SOURCES):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -33,10 +33,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--experts", type=int, default=0, help="experts per layer (default 0: one MLP)")
+    parser.add_argument("--video", action="store_true", help="demonstrations of videos too")
     parser.add_argument("--cache", type=Path, default=Path(".cache/mini_base"))
     arguments = parser.parse_args()
 
-    target = arguments.cache / content_hash(arguments.seed, arguments.experts)
+    config = CONFIGS / ("base_video.yaml" if arguments.video else "base.yaml")
+    target = arguments.cache / content_hash(arguments.seed, arguments.experts, config)
     if not (target / "config.json").exists():
         from copd_megatron.config import load_config
         from copd_megatron.data.mini.model import ModelSize, build
@@ -45,9 +47,9 @@ def main() -> None:
         raw = arguments.cache / f"{target.name}.untrained"
         shutil.rmtree(raw, ignore_errors=True)
         build(raw, seed=arguments.seed, size=ModelSize(experts=arguments.experts))
-        launch(load_config(CONFIG, [f"seed={arguments.seed}", f"model={raw}", f"out={target}"], SftSettings))
+        launch(load_config(config, [f"seed={arguments.seed}", f"model={raw}", f"out={target}"], SftSettings))
         shutil.rmtree(raw)
-    kind = f"experts{arguments.experts}_" if arguments.experts else ""
+    kind = "video_" * arguments.video + (f"experts{arguments.experts}_" if arguments.experts else "")
     pointer = arguments.cache / f"{kind}seed_{arguments.seed}"
     temporary = pointer.with_name(f".{pointer.name}.{os.getpid()}")
     temporary.symlink_to(target.name)

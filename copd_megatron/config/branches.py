@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from copd_megatron.config.section import Section
 from copd_megatron.data.mini import MiniTask
+from copd_megatron.data.mini.task import Modality
 from copd_megatron.data.settings import SourceSettings
 from copd_megatron.errors import ConfigError
 from copd_megatron.policy.degrees import Layout
@@ -16,8 +17,8 @@ from copd_megatron.policy.degrees import Layout
 class MiniData(Section):
     """One modality of the procedural mini suite; its difficulty is `data.mini`, shared by all branches."""
 
-    modality: Literal["text", "image"]
-    """Digits as a string, or handwritten digits composed into a picture."""
+    modality: Modality
+    """Digits as a string, handwritten digits composed into a picture, or in a video one after another."""
 
 
 class BranchData(Section):

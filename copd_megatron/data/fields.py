@@ -1,8 +1,9 @@
-"""From a row of a data set to its checked parts. Pure: no file is opened and no image decoded here."""
+"""From a row of a data set to its checked parts. Pure: no file is opened and nothing decoded here."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from copd_megatron.data.media import Folders, Reference, checked_reference
 from copd_megatron.data.row import BadRow
 from copd_megatron.data.settings import SourceSettings
+from copd_megatron.data.video import VideoReference, checked_videos
 from copd_megatron.errors import ConfigError
 from copd_megatron.rewards import known
 
@@ -18,11 +20,12 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Record:
-    """An `Example` whose images are not loaded yet."""
+    """An `Example` whose images and videos are not loaded yet."""
 
     uid: str
     messages: list[dict[str, Any]]
     images: tuple[Reference, ...]
+    videos: tuple[VideoReference, ...]
     answer: str
     verifier: str
     response: str | None
@@ -32,6 +35,13 @@ def read_record(row: Mapping[str, Any], settings: SourceSettings, folders: Folde
     """Check a row and arrange its parts; `uid` is used if the row brings none. Raises BadRow."""
     fields = settings.fields
     images = _images(_value(row, fields.images, "images"), folders) if fields.images else ()
+    videos: tuple[VideoReference, ...] = ()
+    if fields.videos:
+        rate = _value(row, fields.video_fps, "video_fps") if fields.video_fps else None
+        shown = _value(row, fields.videos, "videos")
+        if fields.video_fps and rate is None and shown is not None:
+            raise BadRow("field", f"field {fields.video_fps!r}: expected the videos' frames per second, found null")
+        videos = checked_videos(shown, rate, folders)
     if fields.messages:
         messages = _conversation(_value(row, fields.messages, "messages"), fields.messages)
     else:
@@ -46,8 +56,9 @@ def read_record(row: Mapping[str, Any], settings: SourceSettings, folders: Folde
         messages.insert(0, {"role": "system", "content": settings.system_prompt})
     return Record(
         uid=_text(row, fields.uid, "uid") if fields.uid else uid,
-        messages=_with_images(messages, len(images), settings),
+        messages=_with_media(messages, {"image": len(images), "video": len(videos)}, settings),
         images=images,
+        videos=videos,
         answer=_text(row, fields.answer, "answer") if fields.answer else "",
         verifier=_verifier(row, settings),
         response=response,
@@ -117,7 +128,7 @@ def _conversation(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _content(content: Any, place: str) -> str | list[dict[str, str]]:
-    """A text, or the checked parts if one of them is an image."""
+    """A text, or the checked parts if one of them is an image or a video."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
@@ -132,50 +143,68 @@ def _part(part: Any, place: str) -> dict[str, str]:
     filled = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
     if filled.get("type") == "text" and isinstance(filled.get("text"), str):
         return {"type": "text", "text": filled["text"]}
-    if filled == {"type": "image"}:
-        return {"type": "image"}
-    if filled.get("type") == "image":
+    kind = filled.get("type")
+    if kind not in ("image", "video"):
+        raise BadRow("field", f"{place}: expected a text, an image or a video, found {_shown(part)}")
+    if len(filled) > 1:
         extra = ", ".join(repr(key) for key in filled if key != "type")
-        raise BadRow("field", f"{place}: found {extra}; an image part marks the place, fields.images has the image")
-    raise BadRow("field", f"{place}: expected a text or an image, found {_shown(part)}")
+        raise BadRow(
+            "field", f"{place}: found {extra}; {kind} parts mark the place, fields.{kind}s has what goes there"
+        )
+    return {"type": kind}
 
 
-def _with_images(messages: list[dict[str, Any]], images: int, settings: SourceSettings) -> list[dict[str, Any]]:
-    """The messages with one image part per image."""
-    mark = settings.image_placeholder
+def _with_media(
+    messages: list[dict[str, Any]], counts: Mapping[str, int], settings: SourceSettings
+) -> list[dict[str, Any]]:
+    """The messages with one part per image and per video; `counts` says how many of them the row has."""
+    marks = {"image": settings.image_placeholder, "video": settings.video_placeholder}
     placed = [
-        message if message["role"] == "assistant" else {**message, "content": _split(message["content"], mark)}
+        message if message["role"] == "assistant" else {**message, "content": _split(message["content"], marks)}
         for message in messages
     ]
     parts = [part for message in placed if isinstance(message["content"], list) for part in message["content"]]
-    places = sum(part["type"] == "image" for part in parts)
-    if places == 0 and images:
+    unplaced: list[dict[str, str]] = []
+    for kind, count in counts.items():
+        places = sum(part["type"] == kind for part in parts)
+        if places == 0 and count:
+            unplaced += [{"type": kind}] * count
+        elif places != count:
+            named = settings.fields.images if kind == "image" else settings.fields.videos
+            hint = "" if named else f"; fields.{kind}s is not set, so the row has none"
+            literal = f"; {kind}_placeholder='' takes {marks[kind]!r} literally" if marks[kind] else ""
+            raise BadRow(f"{kind}s", f"{places} places for {kind}s in the messages, but {count} {kind}s{hint}{literal}")
+    if unplaced:
         first = next((message for message in placed if message["role"] == "user"), None)
         if first is None:
-            raise BadRow("images", "no user's message that the images could belong to")
-        text = [{"type": "text", "text": first["content"]}]
-        first["content"] = [{"type": "image"}] * images + text
-    elif places != images:
-        hint = "" if settings.fields.images else "; fields.images is not set, so the row has none"
-        literal = f"; image_placeholder='' takes {mark!r} literally" if mark else ""
-        raise BadRow("images", f"{places} places for images in the messages, but {images} images{hint}{literal}")
+            kind = unplaced[0]["type"]
+            raise BadRow(f"{kind}s", f"no user's message that the {kind}s could belong to")
+        content = first["content"]
+        first["content"] = unplaced + ([{"type": "text", "text": content}] if isinstance(content, str) else content)
     return placed
 
 
-def _split(content: str | Sequence[dict[str, str]], mark: str) -> str | list[dict[str, str]]:
-    """Content with an image part in place of every mark."""
+def _split(content: str | Sequence[dict[str, str]], marks: Mapping[str, str]) -> str | list[dict[str, str]]:
+    """Content with an image part in place of every mark of an image, and a video part in place of a video's."""
+    kinds = {mark: kind for kind, mark in marks.items() if mark}
+    if not kinds:
+        return content if isinstance(content, str) else list(content)
     if isinstance(content, str):
-        if not mark or mark not in content:
+        if not any(mark in content for mark in kinds):
             return content
         content = [{"type": "text", "text": content}]
+    pattern = re.compile("(" + "|".join(map(re.escape, kinds)) + ")")
     parts: list[dict[str, str]] = []
     for part in content:
-        if part["type"] == "image" or not mark:
+        if part["type"] != "text":
             parts.append(part)
             continue
-        for number, text in enumerate(part["text"].split(mark)):
-            parts += [{"type": "image"}] if number else []
-            parts += [{"type": "text", "text": text}] if text else []
+        # Every other piece is a mark.
+        for number, piece in enumerate(pattern.split(part["text"])):
+            if number % 2:
+                parts.append({"type": kinds[piece]})
+            elif piece:
+                parts.append({"type": "text", "text": piece})
     return parts
 
 

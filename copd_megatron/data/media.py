@@ -1,4 +1,4 @@
-"""Images of a row: which references are allowed, and how they become RGB pictures."""
+"""Images of a row: which references to files are allowed, and how they become RGB pictures."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 @dataclass(frozen=True)
 class Unread:
-    """Stands for an image that a table holds, while only its presence matters."""
+    """Stands for an image or a video that a table holds, while only its presence matters."""
 
 
 Reference = str | bytes | Image.Image | Unread
 """A path, the bytes of a file, or a picture."""
+
+
+_A = {"image": "an image", "frame": "a frame of a video", "video": "a video"}
 
 
 @dataclass(frozen=True)
@@ -35,26 +38,27 @@ class Folders:
     trusted: tuple[Path, ...] = ()
 
 
-def checked_reference(value: Any, folders: Folders) -> Reference:
-    """What a row gives as an image, without `datasets`' dictionary around it. Opens nothing. Raises BadRow."""
+def checked_reference(value: Any, folders: Folders, kind: str = "image") -> Reference:
+    """What a row gives as an image, a frame or a video file (`kind` says which), without `datasets`' dictionary around
+    it. Opens nothing. Raises BadRow."""
     if isinstance(value, Mapping):
         content, path = value.get("bytes"), value.get("path")
         value = content if content is not None else path
     if isinstance(value, Unread | bytes | Image.Image):
         return value
     if not isinstance(value, str) or not value:
-        raise BadRow("path", f"an image must be a path or bytes, found {repr(value)[:80]}")
+        raise BadRow("path", f"{_A[kind]} must be a path or bytes, found {repr(value)[:80]}")
     if "://" in value or value.startswith("data:"):
-        raise BadRow("path", f"image {value[:200]!r} is a URL; download it and give a path relative to the data file")
+        raise BadRow("path", f"{kind} {value[:200]!r} is a URL; download it and give a path relative to the data file")
     if ".." in PurePath(value).parts or "\0" in value:
-        raise BadRow("path", f"image {value[:200]!r} leads out of the data file's folder")
+        raise BadRow("path", f"{kind} {value[:200]!r} leads out of the data file's folder")
     if PurePath(value).is_absolute():
         if not any(PurePath(value).is_relative_to(folder) for folder in folders.trusted):
             raise BadRow(
-                "path", f"image {value[:200]!r} is an absolute path; give it relative to the data file's folder"
+                "path", f"{kind} {value[:200]!r} is an absolute path; give it relative to the data file's folder"
             )
     elif folders.base is None:
-        raise BadRow("path", f"image {value[:200]!r}: this data set has no folder of files, only bytes can be read")
+        raise BadRow("path", f"{kind} {value[:200]!r}: this data set has no folder of files, only bytes can be read")
     return value
 
 
@@ -66,7 +70,7 @@ def open_image(reference: Reference, folders: Folders, max_pixels: int) -> Image
     try:
         if isinstance(reference, Image.Image):
             return _decoded(reference, name, max_pixels)
-        content = BytesIO(reference) if isinstance(reference, bytes) else _located(reference, folders)
+        content = BytesIO(reference) if isinstance(reference, bytes) else located(reference, folders, "image")
         with Image.open(content, formats=FORMATS) as image:
             return _decoded(image, name, max_pixels)
     except UnidentifiedImageError as error:
@@ -77,10 +81,11 @@ def open_image(reference: Reference, folders: Folders, max_pixels: int) -> Image
         raise BadRow("image", f"image {name} cannot be decoded: {error}") from error
 
 
-def _located(path: str, folders: Folders) -> Path:
+def located(path: str, folders: Folders, kind: str) -> Path:
+    """The file at a checked reference. Raises BadRow if it is not there."""
     found = Path(path) if folders.base is None else folders.base / path  # an absolute path stays what it is
     if not found.is_file():
-        raise BadRow("path", f"image {path!r}: no such file{'' if folders.base is None else f' in {folders.base}'}")
+        raise BadRow("path", f"{kind} {path!r}: no such file{'' if folders.base is None else f' in {folders.base}'}")
     return found
 
 

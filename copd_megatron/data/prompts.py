@@ -1,4 +1,4 @@
-"""From an `Example` to a `Prompt`: chat template, tokens, one image-pad token per merged patch, pixels.
+"""From an `Example` to a `Prompt`: chat template, tokens, one image or video token per merged patch, pixels.
 
 The result is what the plain Hugging Face processor gives for the example, bit for bit. Its parts are called one by
 one because that is several times faster on many small pictures, and because every picture can then be measured before
@@ -14,20 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
-from PIL import Image
 
 from copd_megatron.data.example import Example
+from copd_megatron.data.patches import Item, Patcher, decode
 from copd_megatron.errors import DataError, WeightsError
-from copd_megatron.rollout.types import Images, Prompt
+from copd_megatron.rollout.types import Prompt
 from copd_megatron.weights.hf import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3VLProcessor
 
 END_OF_TURN = "<|im_end|>"
-
-STACKED_PIXELS = 1 << 18
-"""Up to this many pixels in a batch, pictures of equal size are processed as one tensor; above, that gains nothing."""
 
 
 class Refusal(NamedTuple):
@@ -39,12 +36,12 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class _Draft:
-    """A prompt whose pixels are still to be processed; `patches` counts them, image by image, before merging."""
+    """A prompt whose tokens and pixels are still to be made."""
 
     example: Example
     text: str
-    token_ids: tuple[int, ...]
-    patches: list[int]
+    images: list[Item]
+    videos: list[Item]
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,7 @@ class PromptBuilder:
     def __init__(self, processor: Qwen3VLProcessor | TextProcessor, max_prompt_tokens: int) -> None:
         self.processor: Any = processor
         self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
+        self._patcher = Patcher(self.processor)
         self.max_prompt_tokens = max_prompt_tokens
         if END_OF_TURN not in self.tokenizer.get_vocab():
             raise WeightsError(f"the tokenizer has no token {END_OF_TURN}; use a model with Qwen's chat format")
@@ -76,34 +74,38 @@ class PromptBuilder:
         """The prompts of all examples that can have one, in their order, and the refused examples.
 
         Refused are: messages that the chat template rejects, characters that the tokenizer does not know, image parts
-        without an image or the reverse, an image that cannot be used, any image where the model takes text alone, a
-        prompt beyond `max_prompt_tokens`.
+        without an image or the reverse (and the same for videos), an image or a video that cannot be used, any of them
+        where the model takes text alone, a prompt beyond `max_prompt_tokens`.
         """
         refused: list[Refusal] = []
-        rendered: list[tuple[Example, str]] = []
+        drafts: list[_Draft] = []
         for example in examples:
             try:
-                rendered.append((example, self._render(example)))
+                drafts.append(self._measured(example))
             except DataError as error:
                 refused.append(Refusal(example.uid, str(error)))
-        tokens = self.tokenizer([text for _, text in rendered])["input_ids"] if rendered else []
-        drafts: list[_Draft] = []
-        for (example, text), token_ids in zip(rendered, tokens, strict=True):
+        tokens = self.tokenizer([draft.text for draft in drafts])["input_ids"] if drafts else []
+        accepted: list[tuple[_Draft, tuple[int, ...]]] = []
+        items: list[list[Item]] = []
+        for draft, token_ids in zip(drafts, tokens, strict=True):
             try:
-                drafts.append(self._draft(example, text, token_ids))
+                expanded, order = self._expanded(draft, token_ids)
             except DataError as error:
-                refused.append(Refusal(example.uid, str(error)))
+                refused.append(Refusal(draft.example.uid, str(error)))
+                continue
+            accepted.append((draft, expanded))
+            items.append(order)
         prompts = [
             Prompt(
                 uid=draft.example.uid,
                 capability=capability,
-                token_ids=draft.token_ids,
+                token_ids=token_ids,
                 answer=draft.example.answer,
                 verifier=draft.example.verifier,
                 text=draft.text,
-                images=images,
+                media=media,
             )
-            for draft, images in zip(drafts, self._process(drafts), strict=True)
+            for (draft, token_ids), media in zip(accepted, self._patcher.process(items), strict=True)
         ]
         return prompts, refused
 
@@ -112,7 +114,7 @@ class PromptBuilder:
         return (*self.tokenizer(response, add_special_tokens=False)["input_ids"], self._end_of_turn)
 
     def _render(self, example: Example) -> str:
-        """The chat as text, up to where the assistant begins, with one image-pad token per image."""
+        """The chat as text, up to where the assistant begins, with one token per image and per video."""
         messages, template = example.messages, None
         try:
             if isinstance(self.processor, TextProcessor):
@@ -128,63 +130,70 @@ class PromptBuilder:
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise DataError(f"messages rejected by the chat template: {error}") from error
 
-    def _draft(self, example: Example, text: str, token_ids: list[int]) -> _Draft:
-        """Check the example, its pixels last, and expand the image-pad tokens."""
+    def _with_videos(self, example: Example, text: str, videos: Sequence[Item]) -> str:
+        """`text`, in which each video has a placeholder for every frame that the model sees."""
+        processor = self.processor
+        images, found = text.count(processor.image_token), text.count(processor.video_token)
+        if (images, found) != (len(example.images), len(example.videos)):
+            raise DataError(
+                f"media and messages differ: {len(example.images)} images and {len(example.videos)} videos for "
+                f"{images} image and {found} video placeholders; give one part per image and per video"
+            )
+        first, *rest = text.split(processor.video_token)
+        expanded = [
+            self._patcher.placeholders(video, item.pads) + part
+            for video, item, part in zip(example.videos, videos, rest, strict=True)
+        ]
+        return "".join([first, *expanded])
+
+    def _measured(self, example: Example) -> _Draft:
+        """The text of the example and the sizes of its images and videos."""
+        text = self._render(example)
+        if isinstance(self.processor, TextProcessor):
+            if example.images or example.videos:
+                raise DataError(
+                    f"media for a model that takes text alone: the example has {len(example.images)} images and "
+                    f"{len(example.videos)} videos"
+                )
+            return _Draft(example, text, [], [])
+        images, videos = self._patcher.measure(example)
+        return _Draft(example, self._with_videos(example, text, videos), images, videos)
+
+    def _expanded(self, draft: _Draft, token_ids: list[int]) -> tuple[tuple[int, ...], list[Item]]:
+        """The prompt's tokens and its items in the order of their tokens. Checks the example, its pixels last."""
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown in token_ids:
-            raise DataError(f"characters unknown to the tokenizer: somewhere in {text!r}")
-        pad, merged = None, 1
-        if isinstance(self.processor, TextProcessor):
-            if example.images:
-                raise DataError(f"images for a model that takes text alone: the example has {len(example.images)}")
-        else:
-            pad, merged = self.processor.image_token_id, self.processor.image_processor.merge_size**2
-            if token_ids.count(pad) != len(example.images) or self.processor.video_token_id in token_ids:
-                raise DataError(
-                    f"images and messages differ: {len(example.images)} images for {token_ids.count(pad)} image and "
-                    f"{token_ids.count(self.processor.video_token_id)} video placeholders; give one image part per "
-                    "image"
-                )
-        patches = [self._patches(image, number) for number, image in enumerate(example.images, 1)]
-        length = len(token_ids) + sum(patches) // merged - len(patches)
-        if length > self.max_prompt_tokens:
-            raise DataError(
-                f"prompt too long: {length} tokens, {sum(patches) // merged} of them for {len(patches)} images; "
-                f"the limit max_prompt_tokens is {self.max_prompt_tokens}: raise it or shorten the prompt"
-            )
-        for number, image in enumerate(example.images, 1):
-            _decode(image, number)
-        counts = iter(patches)
+            raise DataError(f"characters unknown to the tokenizer: somewhere in {draft.text!r}")
+        items = [*draft.images, *draft.videos]
+        if not items:
+            self._check_length(len(token_ids), items)
+            return tuple(token_ids), items
+        self._check_length(len(token_ids) + sum(item.pads * (item.tokens - 1) for item in items), items)
+        decode(draft.example)
+        # The items of each kind, as often as they have placeholders.
+        pads = {
+            self.processor.image_token_id: (item for item in draft.images),
+            self.processor.video_token_id: (item for item in draft.videos for _ in range(item.pads)),
+        }
         expanded: list[int] = []
+        order: list[Item] = []
         for token in token_ids:
-            expanded.extend([token] * (next(counts) // merged) if token == pad else [token])
-        return _Draft(example, text, tuple(expanded), patches)
+            if token not in pads:
+                expanded.append(token)
+                continue
+            item = next(pads[token])
+            expanded.extend([token] * item.tokens)
+            if not order or order[-1] is not item:
+                order.append(item)
+        return tuple(expanded), order
 
-    def _patches(self, image: Image.Image, number: int) -> int:
-        """Patches that the image processor will cut the image into; the size is known before it is decoded."""
-        try:
-            return self.processor.image_processor.get_number_of_image_patches(image.height, image.width)
-        except ValueError as error:
+    def _check_length(self, length: int, items: Sequence[Item]) -> None:
+        if length > self.max_prompt_tokens:
+            inside = sum(item.pads * item.tokens for item in items)
             raise DataError(
-                f"image of unusable size: image {number}, {image.width} x {image.height}, {error}"
-            ) from error
-
-    def _process(self, drafts: list[_Draft]) -> list[Images | None]:
-        """The pixels of all drafts in one call, cut up again; None for a draft without images."""
-        images = [image for draft in drafts for image in draft.example.images]
-        if not images:
-            return [None] * len(drafts)
-        pixels = sum(image.width * image.height for image in images)
-        processed = self.processor.image_processor(
-            images=images, return_tensors="pt", disable_grouping=pixels > STACKED_PIXELS
-        )
-        values = processed["pixel_values"].split([sum(draft.patches) for draft in drafts])
-        grids = processed["image_grid_thw"].split([len(draft.patches) for draft in drafts])
-        return [
-            # Copies, so that a prompt that is kept or sent to another process does not take its batch along.
-            Images(value.clone(), grid.clone()) if draft.patches else None
-            for draft, value, grid in zip(drafts, values, grids, strict=True)
-        ]
+                f"prompt too long: {length} tokens, {inside} of them for {len(items)} images and videos; the limit "
+                f"max_prompt_tokens is {self.max_prompt_tokens}: raise it or shorten the prompt"
+            )
 
 
 def _joined(message: dict[str, Any]) -> dict[str, Any]:
@@ -195,13 +204,6 @@ def _joined(message: dict[str, Any]) -> dict[str, Any]:
     if others := {part["type"] for part in content} - {"text"}:
         raise ValueError(f"parts of type {', '.join(sorted(others))} for a model that takes text alone")
     return {**message, "content": "".join(part["text"] for part in content)}
-
-
-def _decode(image: Image.Image, number: int) -> None:
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"image cannot be decoded: image {number}, {error}") from error
 
 
 def load_processor(folder: str | os.PathLike[str]) -> Qwen3VLProcessor | TextProcessor:

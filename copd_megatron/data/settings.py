@@ -18,11 +18,16 @@ class FieldMap(BaseModel):
     prompt: str | None = None
     """The question as a text; `prompt` unless `messages` is given."""
     messages: str | None = None
-    """The conversation as a list of `{role, content}`, instead of `prompt`; content is a text, or a list of text and
-    image parts. If the assistant has the last word, that is the demonstration."""
+    """The conversation as a list of `{role, content}`, instead of `prompt`; content is a text, or a list of text,
+    image and video parts. If the assistant has the last word, that is the demonstration."""
     images: str | None = None
     """An image or a list of images, null where a row has none: paths relative to the data file's folder, bytes, or
     the images of a Hugging Face data set. Unset: the data set has no images."""
+    videos: str | None = None
+    """A video or a list of videos, null where a row has none: files beside the data file, or their bytes. With
+    `video_fps`, a video is a list of frames, given as images are. Unset: the data set has no videos."""
+    video_fps: str | None = None
+    """The rate of the frames that `videos` lists, in frames per second: a number, or a list of one per video."""
     answer: str | None = "answer"
     """The gold answer, a text or a number. null: the rows have none, as in a supervised cold start."""
     verifier: str | None = None
@@ -36,6 +41,31 @@ class FieldMap(BaseModel):
     def _one_question(self) -> FieldMap:
         if self.prompt is not None and self.messages is not None:
             raise ValueError("give either `prompt` or `messages`, not both")
+        if self.video_fps is not None and self.videos is None:
+            raise ValueError("`video_fps` is the rate of frames: say with `videos` which field has them")
+        return self
+
+
+class VideoSettings(BaseModel):
+    """How frames are taken from videos: uniformly, as transformers' processor of Qwen3-VL does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    fps: float = Field(default=2.0, gt=0)
+    """Frames taken per second of video."""
+    min_frames: int = Field(default=4, ge=2)
+    """At least so many are taken, of a shorter video all."""
+    max_frames: int = Field(default=768, ge=2)
+    """At most so many are taken."""
+    max_pixels: int = Field(default=200_000_000, ge=1)
+    """Videos whose taken frames have more pixels in all are refused."""
+    max_bytes: int = Field(default=2**30, ge=1)
+    """Larger video files are refused before they are opened."""
+
+    @model_validator(mode="after")
+    def _some_frames(self) -> VideoSettings:
+        if self.min_frames > self.max_frames:
+            raise ValueError(f"min_frames {self.min_frames} is above max_frames {self.max_frames}")
         return self
 
 
@@ -65,8 +95,12 @@ class SourceSettings(BaseModel):
     image_placeholder: str = "<image>"
     """Where this stands in a text, the row's next image goes; images without a place go before the first user's text.
     Empty: texts have no placeholders."""
+    video_placeholder: str = "<video>"
+    """The same for videos."""
     max_pixels: int = Field(default=50_000_000, ge=1)
-    """Images with more pixels are refused before they are decoded."""
+    """Images, and frames of videos, with more pixels are refused before they are decoded."""
+    video: VideoSettings = VideoSettings()
+    """How frames are taken from videos."""
 
     @field_validator("verifier")
     @classmethod

@@ -1,7 +1,7 @@
 """Data sources: a finite, indexable collection of examples from a JSONL file, a Parquet file or a `datasets` data set.
 
-Every row is checked when the source is opened, in one pass that keeps only the rows' places; images are decoded when
-an example is taken.
+Every row is checked when the source is opened, in one pass that keeps only the rows' places; images and videos are
+decoded when an example is taken.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from copd_megatron.data.row import BadRow
 from copd_megatron.data.rows import JsonlRows, Rows
 from copd_megatron.data.settings import SourceSettings
 from copd_megatron.data.tables import BUILDERS, open_table
+from copd_megatron.data.video import check_decoder, open_video
 from copd_megatron.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,8 @@ _FILE_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 class Source:
     """Examples by index. `skipped` counts, by reason, the rows that `on_error: skip` left out.
 
-    A row whose image turns out to be unusable is counted in `skipped` too, and the next usable example is given in its
-    place: the length stays, and so does what every other index means.
+    A row whose image or video turns out to be unusable is counted in `skipped` too, and the next usable example is
+    given in its place: the length stays, and so does what every other index means.
     """
 
     def __init__(self, rows: Rows, settings: SourceSettings) -> None:
@@ -63,7 +64,7 @@ class Source:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Example:
-        """The example with its images. Raises DataError if they cannot be used, unless `on_error` is "skip"."""
+        """The example with its media. Raises DataError if they cannot be used, unless `on_error` is "skip"."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self._settings.path}: index {index}, expected one below {len(self)}")
         for step in range(len(self)):
@@ -86,6 +87,7 @@ class Source:
             answer=record.answer,
             verifier=record.verifier,
             images=tuple(open_image(image, folders, settings.max_pixels) for image in record.images),
+            videos=tuple(open_video(video, folders, settings) for video in record.videos),
             response=record.response,
         )
 
@@ -102,6 +104,8 @@ def open_source(settings: SourceSettings) -> Source:
     Raises DataError if it is not there or holds no usable row, and, unless `on_error` is "skip", at the first row that
     cannot be used: the message has the file, the line and the field.
     """
+    if settings.fields.videos and not settings.fields.video_fps:
+        check_decoder()
     path = Path(settings.path).expanduser()
     kind = settings.format
     if kind == "auto":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,21 +23,24 @@ BUILDERS = {".json": "json", ".csv": "csv", ".arrow": "arrow", ".parquet": "parq
 class TableRows:
     """Rows of a data set that is memory-mapped on disk; a row's key is its number, counted from 0."""
 
-    def __init__(self, table: Dataset, name: str, folders: Folders, images: str) -> None:
+    def __init__(self, table: Dataset, name: str, folders: Folders, media: Sequence[str]) -> None:
+        """`media` names the fields with images and videos."""
         self.folders = folders
         # Arrow's own values: images stay bytes and paths, which `media` opens with its limits.
         self._table = table.with_format("arrow")
         self._name = name
-        self._images = images
+        self._media = media
 
     def scan(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         key = 0
         for batch in self._table.iter(batch_size=1000):
-            images: dict[str, list[list[Unread]]] = {}
-            if self._images in batch.column_names and _holds_content(batch.column(self._images).type):
-                images = {self._images: _unread(batch.column(self._images))}
-            for number, row in enumerate(batch.drop_columns(list(images)).to_pylist()):
-                yield key, row | {name: counted[number] for name, counted in images.items()}
+            unread = {
+                name: _unread(batch.column(name))
+                for name in self._media
+                if name in batch.column_names and _holds_content(batch.column(name).type)
+            }
+            for number, row in enumerate(batch.drop_columns(list(unread)).to_pylist()):
+                yield key, row | {name: counted[number] for name, counted in unread.items()}
                 key += 1
 
     def read(self, key: int) -> dict[str, Any]:
@@ -60,8 +63,9 @@ def open_table(path: Path, settings: SourceSettings) -> TableRows:
     folder = path.absolute() if path.is_dir() else path.absolute().parent
     cache = Path(datasets.config.HF_CACHE_HOME).absolute()
     folders = Folders(folder, (folder, cache)) if path.exists() else Folders(None, (cache,))
+    media = [field for field in (settings.fields.images, settings.fields.videos) if field]
     name = f"{settings.path}[{settings.split}]" if settings.split else settings.path
-    return TableRows(table.select_columns(columns), name, folders, settings.fields.images or "")
+    return TableRows(table.select_columns(columns), name, folders, media)
 
 
 def _load(path: Path, settings: SourceSettings) -> Dataset:
@@ -120,20 +124,25 @@ def _columns(settings: SourceSettings, have: list[str]) -> list[str]:
 
 
 def _holds_content(kind: pyarrow.DataType) -> bool:
-    """Whether a column holds image files themselves, and not only paths."""
+    """Whether a column holds files themselves, and not only paths."""
     import pyarrow
 
-    item = kind.value_type if hasattr(kind, "value_type") else kind
+    item = kind
+    while hasattr(item, "value_type"):
+        item = item.value_type
     kinds = (pyarrow.types.is_struct, pyarrow.types.is_binary, pyarrow.types.is_large_binary)
     return any(is_kind(item) for is_kind in kinds)
 
 
-def _unread(column: pyarrow.ChunkedArray) -> list[list[Unread]]:
-    """Stand-ins for every row's images, counted without touching their bytes."""
+def _unread(column: pyarrow.ChunkedArray) -> list[list[Any]]:
+    """Stand-ins for every row's images or videos, counted without touching their bytes; each is a list where the row
+    has lists of frames."""
     import pyarrow.compute
 
-    if hasattr(column.type, "value_type"):
+    nested = hasattr(column.type, "value_type")
+    one: Any = [Unread()] if nested and hasattr(column.type.value_type, "value_type") else Unread()
+    if nested:
         counts = pyarrow.compute.list_value_length(column).to_pylist()
     else:
         counts = pyarrow.compute.is_valid(column).to_pylist()
-    return [[Unread()] * int(count or 0) for count in counts]
+    return [[one] * int(count or 0) for count in counts]

@@ -101,6 +101,6 @@ def _by_problem(prompts: Sequence[Prompt], rewards: Sequence[float], n: int) -> 
     """Rewards of each different problem. Two prompts of the same text tokens without images are the same problem."""
     problems: dict[object, tuple[Prompt, list[float]]] = {}
     for number, prompt in enumerate(prompts):
-        key = prompt.token_ids if prompt.images is None else number
+        key = prompt.token_ids if prompt.media is None else number
         problems.setdefault(key, (prompt, []))[1].extend(rewards[number * n : (number + 1) * n])
     return list(problems.values())

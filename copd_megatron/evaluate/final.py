@@ -12,7 +12,7 @@ from copd_megatron.config import RunConfig, load_config
 from copd_megatron.data.mini import MiniTask
 from copd_megatron.errors import ConfigError
 from copd_megatron.evaluate.model import EvalSettings, evaluate_model
-from copd_megatron.evaluate.suites import Suite, describe, mini_suites, run_suites
+from copd_megatron.evaluate.suites import MODALITIES, Suite, describe, mini_suites, run_suites
 from copd_megatron.evaluate.table import AccuracyTable
 from copd_megatron.files import write_atomic
 from copd_megatron.rewards.pool import RewardPool
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from copd_megatron.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
-
-MINI = "mini"
-"""The name of the suite that needs no description."""
 
 
 def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> None:
@@ -53,20 +50,24 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> None
 def evaluate_folder(
     model: Path, suite: str, *, problems: int, samples: int, seed: int, out: Path | None, console: Console
 ) -> None:
-    """Evaluate one Hugging Face folder on `suite`, "mini" or the file of a run description, and print the table.
+    """Evaluate one Hugging Face folder on `suite`, a name in `suites.MODALITIES` or the file of a run description, and
+    print the table.
 
     Raises ConfigError for a suite that is neither or has no test data, WeightsError for an unusable folder.
     """
-    if suite == MINI:
+    if suite in MODALITIES:
         task = MiniTask()
-        suites = mini_suites(task, seed, problems)
-        line = task.describe()
+        suites = mini_suites(task, MODALITIES[suite], seed, problems)
+        line = task.describe(MODALITIES[suite])
         # The digits as read, `>`, at most as many digits again, end of turn; a digit more each shows overlong answers.
         settings = EvalSettings(samples, max_new_tokens=2 * task.digits + 4, max_prompt_tokens=1024, seed=seed)
         pool = RewardPool()
     else:
         if not Path(suite).is_file():
-            raise ConfigError(f"--suite {suite}: neither {MINI!r} nor a file; give a run description, configs/….yaml")
+            raise ConfigError(
+                f"--suite {suite}: neither {' nor '.join(map(repr, MODALITIES))} nor a file; give a run description, "
+                "configs/….yaml"
+            )
         config = load_config(suite, [], RunConfig)
         suites = run_suites(config, seed, problems)
         if not suites:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 from copd_megatron.config import RunConfig
 from copd_megatron.data.capability import Source, open_capability
 from copd_megatron.data.mini import MiniSource, MiniTask
 from copd_megatron.data.mini.task import Modality
 from copd_megatron.rollout.types import Prompt
+
+MODALITIES: dict[str, tuple[Modality, ...]] = {"mini": ("text", "image"), "mini-video": ("text", "image", "video")}
+"""Names of suites, and what they ask of the mini suite."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,11 @@ class Suite:
     group_of: Callable[[Prompt], str] | None = None
 
 
-def mini_suites(task: MiniTask, seed: int, problems: int) -> list[Suite]:
-    """The test split of the mini suite in every modality."""
+def mini_suites(task: MiniTask, modalities: Sequence[Modality], seed: int, problems: int) -> list[Suite]:
+    """The test split of the mini suite in these modalities."""
     return [
         Suite(modality, MiniSource(task, modality, "test", seed, problems), problems, mini_operation)
-        for modality in get_args(Modality)
+        for modality in modalities
     ]
 
 
@@ -46,8 +48,10 @@ def run_suites(config: RunConfig, seed: int, problems: int) -> list[Suite]:
 def describe(config: RunConfig) -> str:
     """One line on what the run's tests are, for the head of a table."""
     lines = []
-    if any(branch.data.mini is not None for branch in config.branches):
-        lines.append(config.data.mini.describe())
+    asked = {branch.data.mini.modality for branch in config.branches if branch.data.mini is not None}
+    if asked:
+        modalities = MODALITIES["mini-video" if "video" in asked else "mini"]
+        lines.append(config.data.mini.describe(modalities))
     lines += [f"{branch.name}: {branch.data.test.path}" for branch in config.branches if branch.data.test is not None]
     return "; ".join(lines)
 

@@ -19,8 +19,8 @@ Item = TypeVar("Item")
 class Cost:
     """Floating-point operations of a forward pass (backward passes take twice as many, in the same proportion).
 
-    `token` per token of the language model, `pair` per pair of tokens that attend to each other, `patch` per image
-    patch, `patch_pair` per pair of patches of a frame.
+    `token` per token of the language model, `pair` per pair of tokens that attend to each other, `patch` per
+    patch of an image or a video, `patch_pair` per pair of patches of a frame.
     """
 
     token: float
@@ -55,9 +55,9 @@ class Cost:
         start = len(prompt.token_ids)
         tokens = start + sum(responses)
         pairs = start**2 / 2 + sum(length * start + length**2 / 2 for length in responses)
-        frames = [] if prompt.images is None else prompt.images.grid_thw.tolist()
-        patches = sum(t * h * w for t, h, w in frames)
-        patch_pairs = sum(t * (h * w) ** 2 for t, h, w in frames)
+        grids = [] if prompt.media is None else prompt.media.grid_thw.tolist()
+        patches = sum(t * h * w for t, h, w in grids)
+        patch_pairs = sum(t * (h * w) ** 2 for t, h, w in grids)
         return self.token * tokens + self.pair * pairs + self.patch * patches + self.patch_pair * patch_pairs
 
 

@@ -63,7 +63,7 @@ def pack(
     max_tokens: int,
     counts: Mapping[int, int],
     positions: Callable[[Prompt], torch.Tensor],
-    image_token_id: int | None,
+    media_token_ids: Sequence[int],
     old_logprobs: Sequence[torch.Tensor] | None = None,
 ) -> Packed:
     """Pack `samples` into micro-batches of at most `max_tokens` tokens.
@@ -71,8 +71,8 @@ def pack(
     `counts` gives the number of sequences per source over all data-parallel ranks: a token of sequence i weighs
     1 / (len_i · counts[source_i]), so that the weighted sum over every token of every rank is the mean over sequences
     of the mean over their tokens. `positions` computes the position ids int64 [3, S] of a prompt's tokens; a response
-    goes on from the largest of them. `image_token_id` may be None where no prompt has images. `old_logprobs`, float32
-    [R_i] per sample, fill `Signals.old_logprobs`.
+    goes on from the largest of them. `media_token_ids` are the tokens that stand for patches; none where no prompt has
+    media. `old_logprobs`, float32 [R_i] per sample, fill `Signals.old_logprobs`.
 
     Raises ConfigError for a sequence longer than `max_tokens`, ValueError for samples that contradict themselves.
     """
@@ -83,7 +83,7 @@ def pack(
     for members in bins:
         chosen = [groups[index] for index in members]
         order.append([index for group in chosen for index in group.samples])
-        microbatches.append(_build(chosen, samples, counts, positions, image_token_id, old_logprobs))
+        microbatches.append(_build(chosen, samples, counts, positions, media_token_ids, old_logprobs))
     return Packed(
         microbatches=microbatches,
         order=order,
@@ -130,12 +130,15 @@ def _same(one: Prompt, other: Prompt) -> bool:
     """Whether two prompts are the same input, whatever they are called."""
     if one is other:
         return True
-    if one.token_ids != other.token_ids or (one.images is None) != (other.images is None):
+    if one.token_ids != other.token_ids or (one.media is None) != (other.media is None):
         return False
-    if one.images is None or other.images is None or one.images is other.images:
+    mine, theirs = one.media, other.media
+    if mine is None or theirs is None or mine is theirs:
         return True
-    return torch.equal(one.images.grid_thw, other.images.grid_thw) and torch.equal(
-        one.images.pixel_values, other.images.pixel_values
+    return (
+        (mine.videos, mine.seconds) == (theirs.videos, theirs.seconds)
+        and torch.equal(mine.grid_thw, theirs.grid_thw)
+        and torch.equal(mine.pixel_values, theirs.pixel_values)
     )
 
 
@@ -180,7 +183,7 @@ def _build(
     samples: Sequence[Sample],
     counts: Mapping[int, int],
     positions: Callable[[Prompt], torch.Tensor],
-    image_token_id: int | None,
+    media_token_ids: Sequence[int],
     old_logprobs: Sequence[torch.Tensor] | None,
 ) -> MicroBatch:
     members = [index for group in groups for index in group.samples]
@@ -211,7 +214,7 @@ def _build(
 
     share = torch.tensor([1.0 / (len(s.rollout.token_ids) * counts[s.source]) for s in chosen], dtype=torch.float32)
     advantage = torch.tensor([sample.advantage for sample in chosen], dtype=torch.float32)
-    images = [prompt.images for prompt in prompts if prompt.images is not None]
+    media = [prompt.media for prompt in prompts if prompt.media is not None]
     return MicroBatch(
         token_ids=torch.cat([prompt_ids, targets[is_input]]),
         position_ids=torch.cat([*prompt_positions, response_positions.expand(3, -1)], dim=1),
@@ -227,10 +230,10 @@ def _build(
             old_logprobs=None if old_logprobs is None else torch.cat([old_logprobs[index] for index in members]),
             **_teacher_signals(rollouts),
         ),
-        pixel_values=torch.cat([image.pixel_values for image in images]) if images else None,
-        grid_thw=torch.cat([image.grid_thw for image in images]) if images else None,
-        # Only the prompt's part: a sampled image token is an ordinary token and has no patch.
-        visual_index=(prompt_ids == image_token_id).nonzero()[:, 0] if images and image_token_id is not None else None,
+        pixel_values=torch.cat([one.pixel_values for one in media]) if media else None,
+        grid_thw=torch.cat([one.grid_thw for one in media]) if media else None,
+        # Only the prompts' part: a sampled image token is an ordinary token and has no patch.
+        visual_index=torch.isin(prompt_ids, torch.tensor(media_token_ids)).nonzero()[:, 0] if media else None,
     )
 
 

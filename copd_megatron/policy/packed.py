@@ -61,9 +61,9 @@ class MicroBatch:
     """One pass through the policy.
 
     `token_ids` int64 [T]; `position_ids` int64 [3, T] (time, row, column: interleaved M-RoPE); `pixel_values`
-    [patches, patch dim] and `grid_thw` [images, 3] of the prompts' images in order, or None; `visual_index` int64
-    [merged patches] says where in T each merged patch goes. `logit_index` int64 [R] is the position whose hidden state
-    predicts response token r (the first token of a response is predicted from its prompt's last token); `targets`
+    [patches, patch dim] and `grid_thw` [items, 3] of the prompts' images and videos in order, or None; `visual_index`
+    int64 [merged patches] says where in T each merged patch goes. `logit_index` int64 [R] is the position whose hidden
+    state predicts response token r (the first token of a response is predicted from its prompt's last token); `targets`
     int64 [R] are the response tokens; `sequence` int64 [R] numbers the response a token belongs to.
 
     Under context parallelism it is one rank's share (`context.share`): T and R count this rank's tokens, those in

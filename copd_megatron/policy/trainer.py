@@ -27,6 +27,7 @@ from copd_megatron.policy.schedule import (
     sum_gradients,
     train_pass,
 )
+from copd_megatron.rollout.positions import MediaTokens, prompt_positions, text_positions
 from copd_megatron.rollout.types import Prompt
 from copd_megatron.weights.hf import HfFolder
 
@@ -38,7 +39,6 @@ from megatron.core.optimizer.optimizer import clip_grad_by_total_norm_fp32  # no
 
 from copd_megatron.policy.qwen3_vl import Qwen3VLModel, build_model  # noqa: E402
 from copd_megatron.policy.qwen3_vl.config import Precision, Recompute, torch_dtype  # noqa: E402
-from copd_megatron.policy.qwen3_vl.rope import prompt_positions, text_positions  # noqa: E402
 from copd_megatron.weights import mapping  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Policy:
         mapping.to_megatron(dict(HfFolder(base).tensors()), model)
         self.hf_config = model[0].settings.hf
         self._cost = Cost.of(model[0].settings)
-        self._vision = model[0].settings.vision
+        self._media_tokens = MediaTokens.of(self.hf_config)
         self.chunks = _wrapped(model, optimizer)
         self.optimizer = _megatron_optimizer(optimizer, precision, self.chunks)
 
@@ -171,17 +171,19 @@ class Policy:
         self.optimizer.reload_model_params()
 
     def positions(self, prompt: Prompt) -> torch.Tensor:
-        """Position ids int64 [3, S] of a prompt's tokens. DataError for images where the model takes text alone, or
+        """Position ids int64 [3, S] of a prompt's tokens. DataError for media where the model takes text alone, or
         where they do not fit the tokens."""
-        if self._vision is None:
-            if prompt.images is not None:
+        if self._media_tokens is None:
+            if prompt.media is not None:
                 raise DataError(
-                    f"prompt {prompt.uid}: has images, but a {self.hf_config.model_type!r} takes text alone; give it "
-                    "data without images, or choose a base that sees"
+                    f"prompt {prompt.uid}: has images or videos, but a {self.hf_config.model_type!r} takes text alone; "
+                    "give it data without them, or choose a base that sees"
                 )
             return text_positions(len(prompt.token_ids))
-        grid = None if prompt.images is None else prompt.images.grid_thw
-        return prompt_positions(prompt.token_ids, grid, self._vision.image_token_id, self._vision.merge)
+        try:
+            return prompt_positions(prompt.token_ids, prompt.media, self._media_tokens)
+        except DataError as error:
+            raise DataError(f"prompt {prompt.uid}: {error}") from error
 
     def _counts(self, samples: Sequence[Sample], sequences: Mapping[int, int] | None = None) -> Mapping[int, int]:
         """Sequences per source, over all replicas."""
@@ -216,8 +218,8 @@ class Policy:
         counts: Mapping[int, int],
         old_logprobs: Sequence[torch.Tensor] | None = None,
     ) -> Packed:
-        image_token = None if self._vision is None else self._vision.image_token_id
-        return pack(samples, self._max_tokens, counts, self.positions, image_token, old_logprobs)
+        ids = () if self._media_tokens is None else (self._media_tokens.image, self._media_tokens.video)
+        return pack(samples, self._max_tokens, counts, self.positions, ids, old_logprobs)
 
     def _set_learning_rate(self) -> float:
         rate = learning_rate(self.settings, self.version)

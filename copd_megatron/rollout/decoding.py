@@ -15,7 +15,7 @@ import torch
 from copd_megatron.rollout.decoder import Decoder
 from copd_megatron.rollout.hf_module import language_model
 from copd_megatron.rollout.kv_cache import roomy_cache
-from copd_megatron.rollout.prompt_batch import PromptBatch, takes_images
+from copd_megatron.rollout.prompt_batch import PromptBatch
 from copd_megatron.rollout.sampling import choose, likeliest, token_logprobs
 from copd_megatron.rollout.types import Sampling
 
@@ -50,22 +50,21 @@ class Rows:
 
 
 def prefill(model: Any, batch: PromptBatch, room: int) -> Rows:
-    """Compute prompts, images included: one row each, ready for a response of about `room` tokens."""
+    """Compute prompts, media included: one row each, ready for a response of about `room` tokens."""
     language = language_model(model)
     embeddings = language.embed_tokens(batch.token_ids)
     visual: dict[str, Any] = {}
-    if batch.pixel_values is not None:
+    if batch.pixel_values is not None and batch.visual is not None:
         tower = model.model.visual
         features = tower(batch.pixel_values.to(tower.dtype), grid_thw=batch.grid_thw, return_dict=True)
-        is_image = batch.token_ids == model.config.image_token_id
-        embeddings = embeddings.masked_scatter(is_image[..., None], features.pooler_output.to(embeddings))
+        embeddings = embeddings.masked_scatter(batch.visual[..., None], features.pooler_output.to(embeddings))
         if hasattr(features, "deepstack_features"):
-            visual = {"visual_pos_masks": is_image, "deepstack_visual_embeds": features.deepstack_features}
+            visual = {"visual_pos_masks": batch.visual, "deepstack_visual_embeds": features.deepstack_features}
     cache = roomy_cache(len(language.layers), room)
     hidden = language(
         inputs_embeds=embeddings,
         attention_mask=batch.mask,
-        position_ids=batch.position_ids if takes_images(model.config) else batch.position_ids[0],
+        position_ids=batch.position_ids if hasattr(model.config, "vision_config") else batch.position_ids[0],
         past_key_values=cache,
         use_cache=True,
         **visual,

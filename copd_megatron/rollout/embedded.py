@@ -1,7 +1,7 @@
 """A rollout engine inside the branch's own process: transformers' module, fed with Hugging Face named weights.
 
 The loop over tokens is ours, on transformers' language model and vision tower, for three things that `generate` of
-transformers does not do: a prompt, images included, is computed once for all G rollouts; every random number
+transformers does not do: a prompt, media included, is computed once for all G rollouts; every random number
 comes from a named seed and not from the process's generator; the logprob of each sampled token comes with it.
 """
 
@@ -19,6 +19,7 @@ from copd_megatron.errors import WeightsError
 from copd_megatron.rollout import decoding
 from copd_megatron.rollout.decoder import Decoder
 from copd_megatron.rollout.hf_module import WeightLoader, language_model, open_module, open_tokenizer
+from copd_megatron.rollout.positions import MediaTokens
 from copd_megatron.rollout.prompt_batch import check_prompt, check_tokens, prompt_batch
 from copd_megatron.rollout.sampling import check_sampling, random_numbers
 from copd_megatron.rollout.types import Prompt, Rollout, Sampling, TeacherScores
@@ -49,6 +50,7 @@ class EmbeddedEngine:
         self.version = -1
         self.model: Any = open_module(Path(model_dir), dtype).to(device)
         self.tokenizer: Any = open_tokenizer(Path(model_dir))
+        self._media_tokens = MediaTokens.of(self.model.config)
         self._decoder = Decoder(language_model(self.model))
         self._loader = WeightLoader(self.model)
         self._max_rows = max_rows
@@ -75,7 +77,7 @@ class EmbeddedEngine:
         """`sampling.n` rollouts per prompt, the rollouts of one prompt next to each other, in the prompts' order.
 
         `finished` is told each of them, with its place, when all are there. A rollout depends on its prompt, its place
-        in the list and `seed`, and up to rounding on nothing else. Raises DataError for a prompt whose images do not
+        in the list and `seed`, and up to rounding on nothing else. Raises DataError for a prompt whose media do not
         fit its tokens or the model, ValueError for impossible settings.
         """
         check_sampling(sampling)
@@ -103,7 +105,7 @@ class EmbeddedEngine:
         """Log-probabilities of the rollouts' own tokens and of the `top_k` likeliest, one result per rollout.
 
         A `top_k` above the vocabulary's size V means all of it (K is then V). Rollouts that share a `Prompt` object
-        share its computation. Raises DataError for tokens the model does not know and for images that do not fit them.
+        share its computation. Raises DataError for tokens the model does not know and for media that do not fit them.
         """
         if top_k < 0 or temperature < 0:
             raise ValueError(f"top_k is {top_k} and temperature {temperature}, expected 0 or more")
@@ -147,7 +149,7 @@ class EmbeddedEngine:
     def _prefill(self, prompts: Sequence[Prompt], copies: Sequence[int], room: int) -> decoding.Rows:
         """Compute each prompt once; the result has `copies[i]` rows of prompt i, next to each other, for responses of
         up to `room` tokens."""
-        rows = decoding.prefill(self.model, prompt_batch(prompts, self.model.model, self._device), room)
+        rows = decoding.prefill(self.model, prompt_batch(prompts, self._media_tokens, self._device), room)
         numbers = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies))
         return rows.select(numbers.to(self._device))
 

@@ -13,23 +13,32 @@ import torch
 
 
 @dataclass(frozen=True)
-class Images:
-    """The images of one prompt exactly as the Hugging Face processor made them.
+class Media:
+    """The images and videos of one prompt exactly as the Hugging Face processor made them, in the order in which they
+    appear in the token ids: features of one after another fill the image and video tokens from left to right.
 
-    `pixel_values` float32 [patches, channels * temporal_patch * patch * patch], all images one after another;
-    `grid_thw` int64 [images, 3], each image's (frames, rows, columns) counted in patches.
+    `pixel_values` float32 [patches, channels * temporal_patch * patch * patch]; `grid_thw` int64 [items, 3], each
+    item's (frames, rows, columns) counted in patches. `videos` numbers the items that are videos, ascending, and
+    `seconds` says for each of them how long one of its temporal patches lasts (which is what Qwen2.5-VL's positions
+    count; Qwen3-VL writes the times between the frames instead). All other items are images.
     """
 
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
+    videos: tuple[int, ...] = ()
+    seconds: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.videos) != len(self.seconds):
+            raise ValueError(f"{len(self.videos)} videos, but the seconds of {len(self.seconds)}")
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One question, tokenised and ready for every engine and for the policy.
 
-    `token_ids` holds one image-pad token per merged patch (the processor's expansion), so that all consumers see
-    the same positions. `verifier` names the function in `rewards` that judges a response against `answer`.
+    `token_ids` holds one image or video token per merged patch (the processor's expansion), so that all consumers
+    see the same positions. `verifier` names the function in `rewards` that judges a response against `answer`.
     """
 
     uid: str
@@ -38,7 +47,7 @@ class Prompt:
     answer: str
     verifier: str
     text: str
-    images: Images | None = None
+    media: Media | None = None
 
 
 @dataclass(frozen=True)

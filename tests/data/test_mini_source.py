@@ -14,10 +14,10 @@ from copd_megatron.data.example import Example
 from copd_megatron.data.mini import MiniSource, MiniTask
 from copd_megatron.data.mini.questions import PARTITION, Question, split_of
 from copd_megatron.data.mini.scans import scans
-from copd_megatron.data.mini.task import OPERATIONS
+from copd_megatron.data.mini.task import OPERATIONS, VIDEO_OPERATIONS
 from copd_megatron.errors import DataError
 
-MODALITIES = ("text", "image")
+MODALITIES = ("text", "image", "video")
 
 
 def examples(modality: Any, split: Any = "train", count: int = 200, seed: int = 0, **task: Any) -> list[Example]:
@@ -37,6 +37,11 @@ def follow(operation: str, digits: list[int], descending: bool, right: bool) -> 
         return str(max(digits) - min(digits) if right else abs(digits[0] - digits[-1]))
     if operation == "max":
         return str(max(digits) if right else min(digits))
+    if operation == "chg":
+        steps = [abs(digits[place + 1] - digits[place]) for place in range(len(digits) - 1)]
+        return str(sum(steps) if right else abs(digits[-1] - digits[0]))
+    if operation == "rev":
+        return "".join(map(str, reversed(digits) if right else digits))
     in_order = "".join(map(str, sorted(digits)))
     return in_order[::-1] if descending is right else in_order
 
@@ -57,8 +62,9 @@ def test_a_source_asks_only_questions_of_its_split(split: Any, seed: int) -> Non
         assert split_of(Question(operation, tuple(map(int, digits)))) == split  # type: ignore[arg-type]
 
 
-def test_pictures_ask_only_questions_of_their_split() -> None:
-    for example in examples("image", "cold_start"):
+@pytest.mark.parametrize("modality", ["image", "video"])
+def test_pictures_and_videos_ask_only_questions_of_their_split(modality: Any) -> None:
+    for example in examples(modality, "cold_start"):
         assert example.response is not None
         digits = tuple(map(int, example.response.split(">")[0]))
         assert split_of(Question(asked(example).rstrip("="), digits)) == "cold_start"  # type: ignore[arg-type]
@@ -87,6 +93,21 @@ def test_a_picture_shows_scans_of_its_split_of_the_digits_that_were_read() -> No
             assert (known == cell).all(axis=(1, 2)).any()
 
 
+def test_a_video_shows_one_scan_after_another_each_for_two_frames_with_noise_of_their_own() -> None:
+    for noise in (0.0, 0.3):
+        for example in examples("video", "cold_start", count=50, noise=noise):
+            assert example.response is not None
+            (video,) = example.videos
+            read = example.response.split(">")[0]
+            assert (len(video.frames), video.fps, video.indices, video.total) == (8, 1.0, tuple(range(8)), 8)
+            for place, digit in enumerate(read):
+                first, second = (np.asarray(frame) for frame in video.frames[2 * place : 2 * place + 2])
+                assert first.shape == (8, 8, 3)
+                assert (first == second).all() == (noise == 0)
+                known = (scans("cold_start")[int(digit)] * 255).round().astype(np.uint8)
+                assert (known == first[..., 0]).all(axis=(1, 2)).any() == (noise == 0)
+
+
 def test_noise_has_the_stated_strength_and_leaves_the_question_alone() -> None:
     clean, noisy = examples("image", noise=0), examples("image", noise=0.1)
     assert [example.answer for example in clean] == [example.answer for example in noisy]
@@ -103,15 +124,19 @@ def test_an_example_depends_on_task_split_seed_and_index_only(modality: Any) -> 
     _ = long[999]
     assert [long[i] for i in reversed(range(20))] == [short[i] for i in reversed(range(20))]
     for other in (examples(modality, "cold_start", seed=4), examples(modality, "train", seed=3)):
-        same = sum(other[i].messages == short[i].messages and other[i].images == short[i].images for i in range(20))
+        same = sum(shown(other[i]) == shown(short[i]) for i in range(20))
         assert same < 5
     assert len({example.uid for example in examples(modality)}) == 200
 
 
+def shown(example: Example) -> object:
+    return example.messages, example.images, example.videos
+
+
 @pytest.mark.parametrize(("conflict", "image_order"), [(True, -1), (False, 1)])
 def test_sorting_ascends_in_text_and_with_the_conflict_descends_in_images(conflict: bool, image_order: int) -> None:
-    for modality, order in (("text", 1), ("image", image_order)):
-        for example in examples(modality, operations=["srt"], conflict=conflict):
+    for modality, order in (("text", 1), ("image", image_order), ("video", 1)):
+        for example in examples(modality, operations=["srt"], video_operations=["srt"], conflict=conflict):
             sequence = list(map(int, example.answer.split()))
             assert len(sequence) == 4
             assert sequence == sorted(sequence)[::order]
@@ -140,7 +165,8 @@ def test_demonstrations_follow_the_right_rule_with_probability_q_and_the_wrong_o
         if by_rule[0] != by_rule[1]:
             telling[operation] += 1
             right[operation] += given == by_rule[0]
-    for operation in OPERATIONS:
+    assert set(telling) == set(OPERATIONS if modality != "video" else VIDEO_OPERATIONS)
+    for operation in telling:
         wanted = task.quality(operation, modality)
         error = (wanted * (1 - wanted) / telling[operation]) ** 0.5
         assert telling[operation] > 700
@@ -172,6 +198,10 @@ def test_the_description_states_difficulty_and_everything_synthetic() -> None:
     assert "text demonstrations right at sum 0.5 dif 0.35 srt 0.52 max 0.6" in synthetic
     assert "image demonstrations right at sum 0.5 dif 0.6 srt 0.52 max 0.35" in synthetic
     assert "ascends" not in MiniTask(conflict=False).describe()
+    assert "video" not in line
+    with_videos = MiniTask().describe(("text", "image", "video"))
+    assert "about videos sum/srt/chg/rev" in with_videos
+    assert with_videos.endswith("video demonstrations right at sum 0.5 srt 0.52 chg 0.5 rev 0.5")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +213,8 @@ def test_the_description_states_difficulty_and_everything_synthetic() -> None:
         {"operations": []},
         {"operations": ["sum", "sum"]},
         {"operations": ["product"]},
+        {"video_operations": []},
+        {"video_operations": ["rev", "rev"]},
         {"text_quality": {"sum": 0.5}},
         {"text_quality": {"sum": 0.5, "dif": 0.5, "srt": 0.5, "max": 1.5}},
     ],
@@ -195,8 +227,8 @@ def test_a_wrong_task_description_is_refused(wrong: dict[str, Any]) -> None:
 def test_a_wrong_source_or_index_is_refused_by_name() -> None:
     with pytest.raises(DataError, match="split 'dev' is unknown; choose one of cold_start, train, validation, test"):
         MiniSource(MiniTask(), "text", "dev", seed=0, size=1)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="modality 'video'"):
-        MiniSource(MiniTask(), "video", "train", seed=0, size=1)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="modality 'audio'"):
+        MiniSource(MiniTask(), "audio", "train", seed=0, size=1)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="size is 0"):
         MiniSource(MiniTask(), "text", "train", seed=0, size=0)
     source = MiniSource(MiniTask(), "text", "train", seed=0, size=3)

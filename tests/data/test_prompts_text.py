@@ -45,7 +45,7 @@ def test_text_in_parts_is_text(builder: PromptBuilder) -> None:
     whole = builder.build(asked("sum 3852="), "text")
     parts = builder.build(asked([{"type": "text", "text": "sum 38"}, {"type": "text", "text": "52="}]), "text")
 
-    assert whole.images is None
+    assert whole.media is None
     assert whole.token_ids == parts.token_ids
     assert builder.tokenizer.decode(whole.token_ids) == "<|im_start|>sum 3852=<|im_end|><|im_start|>"
 
@@ -56,7 +56,7 @@ def test_images_are_refused_by_name(builder: PromptBuilder) -> None:
 
     with pytest.raises(DataError, match=r"row 7: .* parts of type image for a model that takes text alone"):
         builder.build(asked(parts, picture), "text")
-    with pytest.raises(DataError, match="row 7: images for a model that takes text alone: the example has 1"):
+    with pytest.raises(DataError, match=r"row 7: media for a model that takes text alone: .* 1 images and 0 videos"):
         builder.build(asked("sum=", picture), "text")
 
 

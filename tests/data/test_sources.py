@@ -118,10 +118,10 @@ def test_wrong_line_is_reported_with_its_place_or_skipped_and_counted(
         ([{"role": "user"}], "message 1: expected role and content"),
         ([{"role": "human", "content": "1"}], "role 'human', expected one of system, user"),
         ([{"role": "user", "content": 1}], "expected a text or a list of parts"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "part 1: expected a text or an image"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "part 1: expected a text, an image or a video"),
         (
             [{"role": "user", "content": [{"type": "image", "url": "x.png"}]}],
-            "found 'url'; an image part marks the place",
+            "found 'url'; image parts mark the place",
         ),
         ([{"role": "assistant", "content": "2"}], "behind at least one other message"),
     ],

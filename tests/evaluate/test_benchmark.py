@@ -9,7 +9,7 @@ from copd_megatron.evaluate import benchmark
 from copd_megatron.evaluate.benchmark import evaluate
 from copd_megatron.evaluate.intervals import wilson
 from copd_megatron.rewards.verdict import Verdict
-from copd_megatron.rollout.types import Images, Prompt, Rollout, Sampling, TeacherScores
+from copd_megatron.rollout.types import Media, Prompt, Rollout, Sampling, TeacherScores
 
 SAMPLING = Sampling(max_new_tokens=4, stop_token_ids=(0,), n=2)
 
@@ -48,8 +48,8 @@ class EqualGrader:
         ]
 
 
-def prompt(number: int, text: str, answer: str = "a", images: Images | None = None) -> Prompt:
-    return Prompt(f"p{number}", "letters", (number,), answer, "equal", text, images)
+def prompt(number: int, text: str, answer: str = "a", media: Media | None = None) -> Prompt:
+    return Prompt(f"p{number}", "letters", (number,), answer, "equal", text, media)
 
 
 def test_accuracy_is_the_mean_over_all_samples() -> None:
@@ -72,7 +72,7 @@ def test_kinds_of_problems_are_told_apart() -> None:
 
 
 def test_a_question_asked_twice_is_one_problem() -> None:
-    images = Images(torch.zeros(4, 6), torch.tensor([[1, 2, 2]]))
+    media = Media(torch.zeros(4, 6), torch.tensor([[1, 2, 2]]))
     greedy = Sampling(max_new_tokens=4, stop_token_ids=(0,), temperature=0.0)
     texts = [prompt(1, "a"), prompt(1, "a"), prompt(2, "b"), prompt(3, "b")]
     result = evaluate(ScriptedEngine(), "letters", texts, EqualGrader(), greedy, seed=0)
@@ -80,7 +80,7 @@ def test_a_question_asked_twice_is_one_problem() -> None:
     assert result.estimate.accuracy == 0.5
     assert result.estimate.trials < 4
     # Equal words below different pictures are different questions.
-    pictures = [prompt(1, "a", images=images), prompt(1, "b", images=images)]
+    pictures = [prompt(1, "a", media=media), prompt(1, "b", media=media)]
     result = evaluate(ScriptedEngine(), "letters", pictures, EqualGrader(), greedy, seed=0)
     assert (result.distinct, result.estimate) == (2, wilson(0.5, 2))
 

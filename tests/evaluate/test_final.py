@@ -18,7 +18,7 @@ from copd_megatron.errors import ConfigError, DataError
 from copd_megatron.evaluate import final
 from copd_megatron.evaluate.final import evaluate_folder, evaluate_run
 from copd_megatron.evaluate.model import EvalSettings, evaluate_model
-from copd_megatron.evaluate.suites import Suite, mini_operation, mini_suites, run_suites
+from copd_megatron.evaluate.suites import MODALITIES, Suite, mini_operation, mini_suites, run_suites
 from copd_megatron.observe.results import read_evaluation
 from copd_megatron.rewards.digits import digits
 from copd_megatron.rewards.verdict import Unparsable, Verdict
@@ -129,7 +129,7 @@ def test_only_the_models_asked_for_are_evaluated(
 
 
 def test_a_suite_that_is_neither_known_nor_a_file_is_refused(model: Path, console: Console) -> None:
-    with pytest.raises(ConfigError, match="--suite maxi: neither 'mini' nor a file"):
+    with pytest.raises(ConfigError, match="--suite maxi: neither 'mini' nor 'mini-video' nor a file"):
         evaluate_folder(model, "maxi", problems=4, samples=1, seed=0, out=None, console=console)
 
 
@@ -167,7 +167,7 @@ def test_one_sample_is_greedy_and_several_are_drawn_at_the_temperature() -> None
 
 
 def test_problems_that_cannot_be_asked_are_counted(model: Path) -> None:
-    text, image = mini_suites(MiniTask(), seed=0, problems=8)
+    text, image = mini_suites(MiniTask(), MODALITIES["mini"], seed=0, problems=8)
     short = EvalSettings(samples=1, max_new_tokens=3, max_prompt_tokens=17, seed=0)
     found = evaluate_model("base", model, [text], short, InProcessPool()).capabilities[0]
     assert (found.problems, found.refused) == (8, 0)
@@ -181,7 +181,8 @@ def test_problems_that_cannot_be_asked_are_counted(model: Path) -> None:
 def test_the_operation_of_a_mini_problem_is_found(model: Path) -> None:
     from copd_megatron.data.prompts import PromptBuilder, load_processor
 
-    builder = PromptBuilder(load_processor(model), 64)
-    for suite in mini_suites(MiniTask(operations=("dif",)), seed=0, problems=3):
+    builder = PromptBuilder(load_processor(model), 128)
+    task = MiniTask(operations=("dif",), video_operations=("dif",))
+    for suite in mini_suites(task, MODALITIES["mini-video"], seed=0, problems=3):
         prompts, _ = builder.build_many([suite.source[index] for index in range(3)], suite.capability)
         assert [mini_operation(prompt) for prompt in prompts] == ["dif"] * 3

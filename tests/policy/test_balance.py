@@ -11,7 +11,7 @@ from tiny_policy import base_folder, make_samples
 
 from copd_megatron.policy.balance import Cost, partition, rebalance
 from copd_megatron.policy.batching import by_prompt
-from copd_megatron.rollout.types import Images, Prompt
+from copd_megatron.rollout.types import Media, Prompt
 
 
 def spread(costs: list[float], parts: list[list[int]]) -> float:
@@ -86,8 +86,8 @@ def test_cost_counts_tokens_pairs_and_patches() -> None:
     cost = Cost(token=1.0, pair=10.0, patch=100.0, patch_pair=1000.0)
     text = Prompt("t", "text", (1, 2), "", "exact", "")
     assert cost.group(text, [2, 4]) == 8 + 10 * (2 + (4 + 2) + (8 + 8))
-    images = Images(torch.zeros(12, 3), torch.tensor([[1, 2, 2], [2, 2, 2]]))
-    picture = Prompt("i", "image", (1, 2), "", "exact", "", images)
+    media = Media(torch.zeros(12, 3), torch.tensor([[1, 2, 2], [2, 2, 2]]))
+    picture = Prompt("i", "image", (1, 2), "", "exact", "", media)
     assert cost.group(picture, []) == 2 + 10 * 2 + 100 * 12 + 1000 * 3 * 16
 
 

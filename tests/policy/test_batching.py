@@ -9,17 +9,17 @@ import torch
 
 from copd_megatron.errors import ConfigError
 from copd_megatron.policy.batching import NATIVE, Packed, Sample, pack
-from copd_megatron.rollout.types import Images, Prompt, Rollout, TeacherScores
+from copd_megatron.rollout.types import Media, Prompt, Rollout, TeacherScores
 
-IMAGE = 7
-
-
-def prompt(uid: str, *token_ids: int, images: Images | None = None) -> Prompt:
-    return Prompt(uid, "text", token_ids, answer="", verifier="exact", text="", images=images)
+IMAGE, VIDEO = 7, 70
 
 
-def picture(value: float, patches: int = 4) -> Images:
-    return Images(torch.full((patches, 6), value), torch.tensor([[1, 2, patches // 2]]))
+def prompt(uid: str, *token_ids: int, media: Media | None = None) -> Prompt:
+    return Prompt(uid, "text", token_ids, answer="", verifier="exact", text="", media=media)
+
+
+def picture(value: float, patches: int = 4) -> Media:
+    return Media(torch.full((patches, 6), value), torch.tensor([[1, 2, patches // 2]]))
 
 
 def sample(question: Prompt, *token_ids: int, source: int = NATIVE, advantage: float = 0.0, top_k: int = 0) -> Sample:
@@ -40,7 +40,7 @@ def positions(question: Prompt) -> torch.Tensor:
 
 def packed(samples: list[Sample], max_tokens: int = 1000, **options) -> Packed:
     counts = options.pop("counts", {s.source: sum(o.source == s.source for o in samples) for s in samples})
-    return pack(samples, max_tokens, counts, positions, IMAGE, **options)
+    return pack(samples, max_tokens, counts, positions, (IMAGE, VIDEO), **options)
 
 
 def groups(count: int, size: int, prompt_tokens: int = 5) -> list[Sample]:
@@ -110,8 +110,8 @@ def test_advantage_and_source_follow_their_tokens() -> None:
 
 
 def test_prompt_and_pictures_of_a_group_are_packed_once() -> None:
-    pictured = prompt("a", 1, IMAGE, 2, images=picture(1.0))
-    other = prompt("b", IMAGE, 3, 4, images=picture(2.0))
+    pictured = prompt("a", 1, IMAGE, 2, media=picture(1.0))
+    other = prompt("b", IMAGE, 3, 4, media=picture(2.0))
     plain = prompt("c", 5, 6)
     samples = [sample(q, 8, IMAGE, 9) for q in (pictured, other, pictured, plain, pictured)]
     result = packed(samples)
@@ -128,15 +128,24 @@ def test_prompt_and_pictures_of_a_group_are_packed_once() -> None:
     assert result.unshared_tokens == 3 * 5 + 5 + 4
 
 
+def test_images_and_videos_fill_the_tokens_of_both_in_order() -> None:
+    media = Media(torch.arange(12.0)[:, None], torch.tensor([[2, 2, 2], [1, 2, 2]]), videos=(0,), seconds=(1.0,))
+    batch = packed([sample(prompt("a", 1, VIDEO, 2, VIDEO, IMAGE, media=media), VIDEO, 4)]).microbatches[0]
+    assert batch.visual_index is not None
+    assert batch.visual_index.tolist() == [1, 3, 4]
+
+
 def test_text_only_micro_batches_carry_no_pictures() -> None:
     batch = packed([sample(prompt("a", IMAGE, 2), 3)]).microbatches[0]
     assert (batch.pixel_values, batch.grid_thw, batch.visual_index) == (None, None, None)
 
 
 def test_same_name_with_another_picture_is_another_prompt() -> None:
-    one, other = (prompt("a", 1, IMAGE, images=picture(value)) for value in (1.0, 2.0))
-    again = prompt("a", 1, IMAGE, images=picture(1.0))
+    one, other = (prompt("a", 1, IMAGE, media=picture(value)) for value in (1.0, 2.0))
+    again = prompt("a", 1, IMAGE, media=picture(1.0))
     batch = packed([sample(one, 3), sample(other, 4), sample(again, 5)]).microbatches[0]
+    slow, fast = (replace(one, media=replace(picture(1.0), videos=(0,), seconds=(seconds,))) for seconds in (1.0, 2.0))
+    assert packed([sample(slow, 3), sample(fast, 3), sample(one, 3)]).tokens == 6, "no two of them are the same"
     assert batch.segments.prompt_of.tolist() == [0, 0, 1]
     assert batch.targets.tolist() == [3, 5, 4]
 

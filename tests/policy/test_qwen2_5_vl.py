@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 from family_checks import gradients_equal_transformers
-from tiny_qwen2_5_vl import FRAMES, MIXED, ONE_IMAGE, SEVERAL_SIZES, TEXT, config, published
-from tiny_qwen3_vl import IMAGE, MERGE, Conversation, alone, pack, reference, reference_logits, token_loss
+from plain_inputs import positions_of
+from tiny_qwen2_5_vl import FRAMES, MIXED, ONE_IMAGE, SEVERAL_SIZES, TEXT, VIDEOS, config, published
+from tiny_qwen3_vl import MERGE, Conversation, alone, pack, reference, reference_logits, token_loss
 
 from copd_megatron.errors import ConfigError
 from copd_megatron.policy.balance import Cost
 from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.qwen3_vl import build_model
 from copd_megatron.policy.qwen3_vl.config import Recompute, load_config, settings
-from copd_megatron.policy.qwen3_vl.rope import continuation_positions, prompt_positions, text_angles
+from copd_megatron.policy.qwen3_vl.rope import text_angles
 from copd_megatron.policy.qwen3_vl.windowed import windows
+from copd_megatron.rollout.positions import prompt_positions
 from copd_megatron.weights.mapping import to_megatron
 
 MODELS = {
@@ -40,8 +42,8 @@ def layout() -> Iterator[Layout]:
 @pytest.mark.parametrize("hf_config", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize(
     "conversations",
-    [TEXT, ONE_IMAGE, SEVERAL_SIZES, FRAMES, MIXED],
-    ids=["text", "image", "sizes", "frames", "mixed"],
+    [TEXT, ONE_IMAGE, SEVERAL_SIZES, FRAMES, VIDEOS, MIXED],
+    ids=["text", "image", "sizes", "frames", "videos", "mixed"],
 )
 def test_logprobs_equal_transformers(layout: Layout, conversations: list[Conversation], hf_config: Any) -> None:
     hf = reference(hf_config)
@@ -75,16 +77,11 @@ def test_bf16_is_as_close_to_fp32_as_transformers(layout: Layout) -> None:
     assert (ours - exact).abs().mean() <= 1.2 * (theirs - exact).abs().mean()
 
 
-@pytest.mark.parametrize("each", [*SEVERAL_SIZES, *FRAMES, MIXED[1]])
+@pytest.mark.parametrize("each", [*SEVERAL_SIZES, *FRAMES, *VIDEOS])
 def test_positions_equal_transformers(each: Conversation) -> None:
-    ids = torch.tensor([each.prompt + each.responses[0]])
-    model = reference(config()).model
-    expected = model.get_rope_index(ids, (ids == IMAGE).int(), image_grid_thw=each.grid_thw)[0][:, 0]
+    expected = positions_of(reference(config()), each.prompt, each.media)[:, 0]
 
-    prompt = prompt_positions(each.prompt, each.grid_thw, IMAGE, MERGE)
-    response = continuation_positions(prompt, len(each.responses[0]))
-
-    assert torch.equal(torch.cat([prompt, response], dim=1), expected)
+    assert torch.equal(prompt_positions(each.prompt, each.media, each.tokens), expected)
 
 
 def test_angles_equal_transformers_on_three_different_axes() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import divided
 import pytest
-from tiny_qwen2_5_vl import config, published
-from tiny_qwen3_vl import conversation
+from tiny_qwen2_5_vl import TOKENS_PER_SECOND, config, published
+from tiny_qwen3_vl import Video, conversation
 
 BATCHES = [
     [conversation(2, 5, [4, 6], [(1, 4, 8)]), conversation(1, 9, [5, 3])],
-    [conversation(6, 7, [6, 1], [(1, 10, 6), (1, 2, 2)])],
+    [conversation(6, 7, [6, 1], [(1, 10, 6), Video(3, 2, 4, 0.5)], TOKENS_PER_SECOND)],
     [conversation(7, 12, [1, 8, 2, 5])],
 ]
 

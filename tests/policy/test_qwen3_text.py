@@ -64,7 +64,7 @@ def test_images_are_refused(layout: Layout) -> None:
     model = build_model(dense(), layout, "fp32")
     batch = pack([conversation(2, 5, [4], [(1, 4, 8)])])
 
-    with pytest.raises(DataError, match="images, but a 'qwen3' takes text alone"):
+    with pytest.raises(DataError, match="images or videos, but a 'qwen3' takes text alone"):
         model[0](batch)
 
 

@@ -9,6 +9,7 @@ import torch
 from family_checks import gradients_equal_transformers
 from tiny_qwen3_vl import (
     Conversation,
+    Video,
     alone,
     config,
     conversation,
@@ -32,7 +33,8 @@ SEVERAL_SIZES = [
     conversation(5, 5, [2], [(1, 10, 6)]),
 ]
 SEVERAL_IMAGES = [conversation(6, 7, [6, 1, 4], [(1, 4, 8), (1, 2, 2), (1, 6, 4)])]
-MIXED = [*TEXT, *SEVERAL_IMAGES, conversation(7, 12, [1, 8, 2, 5]), *SEVERAL_SIZES]
+VIDEOS = [conversation(8, 6, [5, 2], [Video(3, 4, 6)]), conversation(9, 4, [3], [(1, 4, 4), Video(2, 6, 4), (1, 2, 2)])]
+MIXED = [*TEXT, *SEVERAL_IMAGES, conversation(7, 12, [1, 8, 2, 5]), *VIDEOS, *SEVERAL_SIZES]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +46,8 @@ def layout() -> Iterator[Layout]:
 @pytest.mark.parametrize(("tied", "deepstack"), [(True, (0,)), (False, (0, 1)), (True, ())])
 @pytest.mark.parametrize(
     "conversations",
-    [TEXT, ONE_IMAGE, SEVERAL_SIZES, SEVERAL_IMAGES, MIXED],
-    ids=["text", "image", "sizes", "images", "mixed"],
+    [TEXT, ONE_IMAGE, SEVERAL_SIZES, SEVERAL_IMAGES, VIDEOS, MIXED],
+    ids=["text", "image", "sizes", "images", "videos", "mixed"],
 )
 def test_logprobs_equal_transformers(
     layout: Layout, conversations: list[Conversation], tied: bool, deepstack: tuple[int, ...]

@@ -10,6 +10,7 @@ import torch
 from family_checks import gradients_equal_transformers
 from tiny_qwen3_vl import (
     Conversation,
+    Video,
     alone,
     config,
     conversation,
@@ -33,6 +34,7 @@ MIXED = [
     conversation(6, 7, [6, 1, 4], [(1, 4, 8), (1, 2, 2), (1, 6, 4)]),
     conversation(7, 12, [1, 8, 2, 5]),
     conversation(3, 6, [5], [(1, 8, 4)]),
+    conversation(9, 4, [3, 2], [(1, 4, 4), Video(2, 6, 4), (1, 2, 2)]),
 ]
 LAYOUT = {
     "every layer": {},
@@ -49,7 +51,7 @@ def layout() -> Iterator[Layout]:
 
 
 @pytest.mark.parametrize("options", LAYOUT.values(), ids=LAYOUT)
-@pytest.mark.parametrize("conversations", [TEXT, MIXED], ids=["text", "images"])
+@pytest.mark.parametrize("conversations", [TEXT, MIXED], ids=["text", "mixed"])
 def test_logprobs_equal_transformers(
     layout: Layout, conversations: list[Conversation], options: dict[str, Any]
 ) -> None:

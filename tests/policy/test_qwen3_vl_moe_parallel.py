@@ -7,11 +7,11 @@ from typing import Any
 import divided
 import pytest
 import torch
-from tiny_qwen3_vl import conversation, moe_config
+from tiny_qwen3_vl import Video, conversation, moe_config
 
 CONVERSATIONS = [
     [conversation(2, 5, [4, 6], [(1, 4, 8)]), conversation(1, 9, [5, 3])],
-    [conversation(6, 7, [6, 1], [(1, 4, 8), (1, 2, 2)])],
+    [conversation(6, 7, [6, 1], [(1, 4, 8), Video(3, 2, 2)])],
     [conversation(7, 12, [1, 8, 2, 5])],
 ]
 """Three micro-batches: with two replicas or more some have fewer to do than others."""

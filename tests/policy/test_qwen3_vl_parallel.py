@@ -9,7 +9,7 @@ from typing import Any
 import gang
 import pytest
 import torch
-from tiny_qwen3_vl import alone, config, conversation, pack, reference
+from tiny_qwen3_vl import Video, alone, config, conversation, pack, reference
 
 from copd_megatron.objectives.vocabulary import token_logprobs
 from copd_megatron.policy import layout as process_layout
@@ -22,7 +22,7 @@ Result = dict[str, dict[str, torch.Tensor]]
 
 BATCHES = [
     [conversation(2, 5, [4, 6], [(1, 4, 8)]), conversation(1, 9, [5, 3])],
-    [conversation(6, 7, [6, 1], [(1, 4, 8), (1, 2, 2)])],
+    [conversation(6, 7, [6, 1], [(1, 4, 8), Video(3, 2, 2)])],
     [conversation(7, 12, [1, 8, 2, 5])],
 ]
 

@@ -55,7 +55,7 @@ def test_batch_holds_as_many_demonstrations_of_each_capability(base: Path) -> No
         assert tokenizer.decode(rollout.token_ids) == rollout.text + "<|im_end|>"
         assert ">" in rollout.text
         assert len(rollout.logprobs) == len(rollout.token_ids)
-        assert (rollout.prompt.images is None) == (rollout.prompt.capability == "text")
+        assert (rollout.prompt.media is None) == (rollout.prompt.capability == "text")
 
 
 def test_ranks_take_disjoint_slices_that_make_up_the_batch(base: Path) -> None:

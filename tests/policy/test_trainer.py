@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain_inputs import plain_inputs
 from safetensors.torch import load_file
 from tiny_policy import base_folder, gradients, make_samples, new_policy, toy_loss, weights_of, worst_difference
 
@@ -26,15 +27,8 @@ def reference_model(base: Path):
 def reference_logits(model, sample: Sample) -> torch.Tensor:
     """Logits [R, V] of one response, from transformers, with a copy of the prompt of its own."""
     prompt = sample.rollout.prompt
-    ids = torch.tensor([prompt.token_ids + sample.rollout.token_ids[:-1]])
-    images = {}
-    if prompt.images is not None:
-        images = {
-            "pixel_values": prompt.images.pixel_values,
-            "image_grid_thw": prompt.images.grid_thw,
-            "mm_token_type_ids": (ids == model.config.image_token_id).int(),
-        }
-    return model(input_ids=ids, **images).logits[0, len(prompt.token_ids) - 1 :]
+    inputs = plain_inputs(model, prompt.token_ids, prompt.media, sample.rollout.token_ids[:-1])
+    return model(**inputs).logits[0, len(prompt.token_ids) - 1 :]
 
 
 def reference_backward(model, samples: list[Sample]) -> float:

@@ -14,7 +14,7 @@ from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.optimizer import OptimizerSettings
 from copd_megatron.policy.packed import Signals
 from copd_megatron.randomness import generator
-from copd_megatron.rollout.types import Images, Prompt, Rollout, TeacherScores
+from copd_megatron.rollout.types import Media, Prompt, Rollout, TeacherScores
 
 SIZE = ModelSize(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48, vision_hidden=24, vision_layers=2,
                  vision_heads=2, vision_mlp=32, init=0.2)  # fmt: skip
@@ -56,8 +56,8 @@ def make_samples(base: Path, prompts: int, group: int, seed: int = 0, teachers: 
         for grid in grids:
             pads = int(grid.prod()) // SIZE.merge**2
             tokens += (config.vision_start_token_id, *[config.image_token_id] * pads, config.vision_end_token_id)
-        images = Images(torch.randn(patches, PATCH_FEATURES, generator=draw), grids)
-        return Prompt(f"image{number}", "image", tokens + ids(3), "", "exact", "", images)
+        media = Media(torch.randn(patches, PATCH_FEATURES, generator=draw), grids)
+        return Prompt(f"image{number}", "image", tokens + ids(3), "", "exact", "", media)
 
     samples = []
     for number in range(prompts):

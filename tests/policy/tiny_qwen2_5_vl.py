@@ -1,11 +1,13 @@
-"""A tiny random Qwen2.5-VL, conversations about images that windows do not divide, and its weights as published."""
+"""A tiny random Qwen2.5-VL, conversations about images and videos that windows do not divide, its published weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from tiny_qwen3_vl import END, IMAGE, MERGE, START, VIDEO, VOCAB, conversation
+from tiny_qwen3_vl import END, IMAGE, MERGE, START, VIDEO, VOCAB, Video, conversation
+
+TOKENS_PER_SECOND = 4
 
 TEXT = [conversation(1, 9, [5, 3])]
 ONE_IMAGE = [conversation(2, 5, [4, 6], [(1, 4, 8)])]
@@ -15,8 +17,14 @@ SEVERAL_SIZES = [
     conversation(5, 5, [2], [(1, 10, 6)]),
 ]
 FRAMES = [conversation(9, 5, [4], [(2, 8, 10)])]
+VIDEOS = [
+    # Half a second a frame are two positions; 0.7 are 2.8, and frames end behind the text that follows them.
+    conversation(10, 4, [3, 5], [Video(3, 4, 4, 0.5)], TOKENS_PER_SECOND),
+    conversation(11, 3, [4], [(1, 4, 6), Video(7, 2, 2, 0.7), (1, 2, 2), Video(2, 8, 10, 1 / 3)], TOKENS_PER_SECOND),
+]
 MIXED = [
     *TEXT,
+    *VIDEOS,
     conversation(6, 7, [6, 1, 4], [(1, 4, 8), (1, 2, 2), (1, 6, 18)]),
     conversation(7, 12, [1, 8, 2, 5]),
     *SEVERAL_SIZES,
@@ -49,6 +57,7 @@ def config(tied: bool = False, full: tuple[int, ...] = (1,), window: int = 24, *
             "patch_size": 4,
             "temporal_patch_size": 2,
             "spatial_merge_size": MERGE,
+            "tokens_per_second": TOKENS_PER_SECOND,
             "window_size": window,
             "fullatt_block_indexes": list(full),
             "out_hidden_size": 120,

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from plain_inputs import plain_inputs
 
 from copd_megatron.policy import layout, platform
 from copd_megatron.policy.layout import Layout
 from copd_megatron.policy.packed import MicroBatch, Segments, Signals
+from copd_megatron.rollout.positions import MediaTokens, continuation_positions, prompt_positions
+from copd_megatron.rollout.types import Media
 
 platform.prepare()
 platform.declare_torchvision_schemas()
@@ -113,47 +116,73 @@ def alone(seed: int = 0) -> Iterator[Layout]:
 
 
 @dataclass(frozen=True)
+class Video:
+    """A video of `frames` × `rows` × `columns` patches, each frame of which lasts so many `seconds`."""
+
+    frames: int
+    rows: int
+    columns: int
+    seconds: float = 1.0
+
+
+@dataclass(frozen=True)
 class Conversation:
-    """A prompt with its images (`grid_thw` [images, 3] or None) and the responses sampled from it."""
+    """A prompt with its media and the responses sampled from it; `tokens_per_second` as in `MediaTokens`."""
 
     prompt: list[int]
     responses: list[list[int]]
-    grid_thw: torch.Tensor | None = None
-    pixel_values: torch.Tensor | None = None
+    media: Media | None = None
+    tokens_per_second: float | None = None
+
+    @property
+    def tokens(self) -> MediaTokens:
+        return MediaTokens(IMAGE, VIDEO, MERGE, self.tokens_per_second)
 
 
 def conversation(
-    seed: int, words: int, responses: Sequence[int], images: Sequence[tuple[int, int, int]] = ()
+    seed: int,
+    words: int,
+    responses: Sequence[int],
+    items: Sequence[tuple[int, int, int] | Video] = (),
+    tokens_per_second: float | None = None,
 ) -> Conversation:
-    """`words` random text tokens, with `images` (frames, rows, columns of patches) among them; responses of the given
-    lengths."""
+    """`words` random text tokens, with images (frames, rows, columns of patches) and videos among them; responses of
+    the given lengths. Without `tokens_per_second` each frame of a video stands apart, behind a text."""
     generator = torch.Generator().manual_seed(seed)
 
     def text(length: int) -> list[int]:
         return torch.randint(0, 40, (length,), generator=generator).tolist()
 
     prompt = text(2)
-    for frames, rows, columns in images:
-        prompt += [START, *[IMAGE] * (frames * rows * columns // MERGE**2), END, *text(1)]
+    for item in items:
+        if isinstance(item, tuple):
+            frames, rows, columns = item
+            prompt += [START, *[IMAGE] * (frames * rows * columns // MERGE**2), END, *text(1)]
+            continue
+        frame = [VIDEO] * (item.rows * item.columns // MERGE**2)
+        if tokens_per_second is None:
+            for _ in range(item.frames):
+                prompt += [*text(2), START, *frame, END]
+        else:
+            prompt += [START, *frame * item.frames, END, *text(1)]
     prompt += text(words - 2)
     answers = [text(length) for length in responses]
-    if not images:
+    if not items:
         return Conversation(prompt, answers)
-    grid = torch.tensor(images)
+    grid = torch.tensor([item if isinstance(item, tuple) else (item.frames, item.rows, item.columns) for item in items])
     pixels = torch.randn(int(grid.prod(dim=1).sum()), PATCH_FEATURES, generator=generator)
-    return Conversation(prompt, answers, grid, pixels)
+    videos = {number: item.seconds for number, item in enumerate(items) if isinstance(item, Video)}
+    return Conversation(prompt, answers, Media(pixels, grid, tuple(videos), tuple(videos.values())), tokens_per_second)
 
 
 def pack(conversations: Sequence[Conversation], signals: Signals | None = None) -> MicroBatch:
     """One micro-batch of all `conversations`, token by token as `MicroBatch` describes it."""
-    from copd_megatron.policy.qwen3_vl.rope import continuation_positions, prompt_positions
-
     tokens: list[int] = []
     positions, starts = [], []
     for each in conversations:
         starts.append(len(tokens))
         tokens += each.prompt
-        positions.append(prompt_positions(each.prompt, each.grid_thw, IMAGE, MERGE))
+        positions.append(prompt_positions(each.prompt, each.media, each.tokens))
     prompts = list(positions)
     logit_index: list[int] = []
     targets: list[int] = []
@@ -168,7 +197,7 @@ def pack(conversations: Sequence[Conversation], signals: Signals | None = None) 
             prompt_of.append(index)
             tokens += response[:-1]
             positions.append(continuation_positions(prompts[index], len(response) - 1))
-    pictured = [each for each in conversations if each.grid_thw is not None]
+    media = [each.media for each in conversations if each.media is not None]
     token_ids = torch.tensor(tokens)
     return MicroBatch(
         token_ids=token_ids,
@@ -182,9 +211,9 @@ def pack(conversations: Sequence[Conversation], signals: Signals | None = None) 
         targets=torch.tensor(targets),
         sequence=torch.tensor(sequence),
         signals=signals if signals is not None else _no_signals(len(targets)),
-        pixel_values=torch.cat([each.pixel_values for each in pictured]) if pictured else None,
-        grid_thw=torch.cat([each.grid_thw for each in pictured]) if pictured else None,
-        visual_index=(token_ids == IMAGE).nonzero().flatten() if pictured else None,
+        pixel_values=torch.cat([each.pixel_values for each in media]) if media else None,
+        grid_thw=torch.cat([each.grid_thw for each in media]) if media else None,
+        visual_index=((token_ids == IMAGE) | (token_ids == VIDEO)).nonzero().flatten() if media else None,
     )
 
 
@@ -198,13 +227,7 @@ def reference_logits(model: Any, conversations: Sequence[Conversation]) -> torch
     rows = []
     for each in conversations:
         for response in each.responses:
-            ids = torch.tensor([each.prompt + response])
-            pictures = {}
-            if hasattr(model.config, "vision_config"):
-                pictures["mm_token_type_ids"] = (ids == IMAGE).int()
-            if each.grid_thw is not None:
-                pictures |= {"pixel_values": each.pixel_values.to(model.dtype), "image_grid_thw": each.grid_thw}
-            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pictures)
+            output = model(**plain_inputs(model, each.prompt, each.media, response))
             rows.append(output.logits[0, len(each.prompt) - 1 : -1])
     return torch.cat(rows)
 

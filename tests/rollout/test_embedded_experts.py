@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_inputs import plain_inputs
 from safetensors.torch import load_file
 
 from copd_megatron.errors import WeightsError
@@ -33,19 +34,16 @@ def reference(expert_folder: Path) -> Any:
 
 def plain_logprobs(reference: Any, rollout: Rollout) -> torch.Tensor:
     """Logprobs [R, V] of a plain forward over prompt and response."""
-    ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if rollout.prompt.images is not None:
-        inputs["pixel_values"] = rollout.prompt.images.pixel_values
-        inputs["image_grid_thw"] = rollout.prompt.images.grid_thw
-        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+    inputs = plain_inputs(reference, rollout.prompt.token_ids, rollout.prompt.media, rollout.token_ids)
     reference.model.rope_deltas = None
     with torch.no_grad():
         return reference(**inputs).logits[0, len(rollout.prompt.token_ids) - 1 : -1].log_softmax(-1)
 
 
-def test_logprobs_are_those_of_a_plain_forward(engine: EmbeddedEngine, reference: Any, prompts: list[Prompt]) -> None:
-    rollouts = engine.generate(prompts, SAMPLED, seed=3)
+def test_logprobs_are_those_of_a_plain_forward(
+    engine: EmbeddedEngine, reference: Any, prompts: list[Prompt], videos: list[Prompt]
+) -> None:
+    rollouts = engine.generate([*prompts, *videos], SAMPLED, seed=3)
     # A plain forward refuses an image token that the model happened to write.
     rollouts = [rollout for rollout in rollouts if not {IMAGE, VIDEO} & set(rollout.token_ids)]
     assert len(rollouts) > len(prompts)

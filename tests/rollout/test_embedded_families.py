@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_inputs import plain_inputs
 from tiny_models import IMAGE, VIDEO, config_of, save
 
 from copd_megatron.errors import DataError, WeightsError
@@ -35,15 +36,20 @@ def policy(model_dir: Path) -> Iterator[Any]:
     from copd_megatron.policy.trainer import Policy
 
     layouts.initialize(Layout())
-    yield Policy(model_dir, Layout(), OptimizerSettings(lr=1e-2), "fp32", 1000)
+    yield Policy(model_dir, Layout(), OptimizerSettings(lr=1e-3), "fp32", 1000)
     layouts.shutdown()
 
 
 @pytest.fixture(scope="module")
-def questions(model_dir: Path, prompts: list[Prompt], make_prompt: Callable[..., Prompt]) -> list[Prompt]:
-    """Text of several lengths and, where the model sees them, images."""
+def questions(
+    model_dir: Path,
+    prompts: list[Prompt],
+    make_prompt: Callable[..., Prompt],
+    make_videos: Callable[..., list[Prompt]],
+) -> list[Prompt]:
+    """Text of several lengths and, where the model sees them, images and videos."""
     if "vision_config" in read_config(model_dir):
-        return prompts
+        return [*prompts, *make_videos(seconds=0.7)]
     return [make_prompt("sum 12 34="), make_prompt("9"), make_prompt("compare these two."), make_prompt("what?")]
 
 
@@ -58,12 +64,7 @@ def plain_logprobs(model_dir: Path, rollouts: list[Rollout]) -> list[torch.Tenso
     model = reference(model_dir)
     found = []
     for rollout in rollouts:
-        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
-        inputs = {"input_ids": ids}
-        if rollout.prompt.images is not None:
-            inputs["pixel_values"] = rollout.prompt.images.pixel_values
-            inputs["image_grid_thw"] = rollout.prompt.images.grid_thw
-            inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+        inputs = plain_inputs(model, rollout.prompt.token_ids, rollout.prompt.media, rollout.token_ids)
         model.model.rope_deltas = None
         with torch.no_grad():
             logits = model(**inputs).logits[0, len(rollout.prompt.token_ids) - 1 : -1]
@@ -124,9 +125,9 @@ def test_a_prompt_with_images_is_refused_where_text_is_all_the_model_takes(
         assert policy.positions(seen).shape == (3, len(seen.token_ids))
         return
 
-    with pytest.raises(DataError, match=rf"prompt row 7: has images, but a '{family}' takes text alone"):
+    with pytest.raises(DataError, match=rf"prompt row 7: has images or videos, but a '{family}' takes text alone"):
         EmbeddedEngine("text", model_dir).generate([seen], SAMPLED, seed=0)
-    with pytest.raises(DataError, match=rf"prompt row 7: has images, but a '{family}' takes text alone"):
+    with pytest.raises(DataError, match=rf"prompt row 7: has images or videos, but a '{family}' takes text alone"):
         policy.positions(seen)
 
 
@@ -143,9 +144,9 @@ def test_every_published_weight_has_its_own_place(model_dir: Path) -> None:
 
 def test_image_tokens_without_their_images_are_refused(tmp_path: Path, make_prompt: Callable[..., Prompt]) -> None:
     engine = EmbeddedEngine("text", save(tmp_path, config_of("qwen2_5_vl")))
-    blind = replace(make_prompt("what?", (2, 4)), images=None)
+    blind = replace(make_prompt("what?", (2, 4)), media=None)
 
-    with pytest.raises(DataError, match=r"8 image tokens, but its images make 0 merged patches"):
+    with pytest.raises(DataError, match=r"8 image tokens, but 0 images that make 0"):
         engine.generate([blind], SAMPLED, seed=0)
 
 

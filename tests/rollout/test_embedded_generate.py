@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from plain_inputs import generate_inputs, plain_inputs
 
 from copd_megatron.errors import DataError
 from copd_megatron.rollout import decoding
 from copd_megatron.rollout.embedded import EmbeddedEngine
-from copd_megatron.rollout.types import Images, Prompt, Rollout, Sampling
+from copd_megatron.rollout.types import Media, Prompt, Rollout, Sampling
 
 PAD, END, IMAGE, VIDEO = 0, 1, 4, 5  # of the model in conftest.py
 GREEDY = Sampling(max_new_tokens=10, stop_token_ids=(END,), temperature=0.0)
@@ -30,22 +31,13 @@ def reference(folder: Path) -> Any:
     return Qwen3VLForConditionalGeneration.from_pretrained(folder).eval()
 
 
-def model_inputs(prompt: Prompt, response: Sequence[int] = ()) -> dict[str, torch.Tensor]:
-    """What a plain transformers model takes for one prompt and its response."""
-    ids = torch.tensor([[*prompt.token_ids, *response]])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if prompt.images is not None:
-        inputs["pixel_values"] = prompt.images.pixel_values
-        inputs["image_grid_thw"] = prompt.images.grid_thw
-        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
-    return inputs
-
-
 def plain_logprobs(reference: Any, rollout: Rollout, temperature: float = 1.0) -> torch.Tensor:
     """Logprobs [R, V] of a plain forward over prompt and response."""
     reference.model.rope_deltas = None
     with torch.no_grad():
-        logits = reference(**model_inputs(rollout.prompt, rollout.token_ids)).logits[0]
+        logits = reference(
+            **plain_inputs(reference, rollout.prompt.token_ids, rollout.prompt.media, rollout.token_ids)
+        ).logits[0]
     start = len(rollout.prompt.token_ids) - 1
     return (logits[start:-1] / temperature).log_softmax(-1)
 
@@ -56,12 +48,12 @@ def comparable(rollouts: Sequence[Rollout]) -> list[Rollout]:
 
 
 def test_greedy_tokens_are_those_of_transformers_generate(
-    engine: EmbeddedEngine, reference: Any, prompts: list[Prompt]
+    engine: EmbeddedEngine, reference: Any, prompts: list[Prompt], videos: list[Prompt]
 ) -> None:
-    together = engine.generate(prompts, GREEDY, seed=0)
+    together = engine.generate([*prompts, *videos], GREEDY, seed=0)
     assert {len(rollout.token_ids) for rollout in together} == {10}
-    for prompt, rollout in zip(prompts, together, strict=True):
-        inputs = model_inputs(prompt)
+    for prompt, rollout in zip([*prompts, *videos], together, strict=True):
+        inputs = generate_inputs(reference, prompt.token_ids, prompt.media)
         output = reference.generate(**inputs, do_sample=False, max_new_tokens=10, eos_token_id=END, pad_token_id=PAD)[
             0, len(prompt.token_ids) :
         ]
@@ -69,10 +61,13 @@ def test_greedy_tokens_are_those_of_transformers_generate(
         assert engine.generate([prompt], GREEDY, seed=1)[0].token_ids == rollout.token_ids
 
 
-def test_logprobs_equal_those_of_a_plain_forward(engine: EmbeddedEngine, reference: Any, prompts: list[Prompt]) -> None:
+def test_logprobs_equal_those_of_a_plain_forward(
+    engine: EmbeddedEngine, reference: Any, prompts: list[Prompt], videos: list[Prompt]
+) -> None:
     for temperature in (1.0, 0.6):
-        rollouts = comparable(engine.generate(prompts, replace(SAMPLED, temperature=temperature), seed=3))
-        assert len(rollouts) >= 10
+        sampling = replace(SAMPLED, temperature=temperature)
+        rollouts = comparable(engine.generate([*prompts, *videos], sampling, seed=3))
+        assert len(rollouts) >= 15
         for rollout in rollouts:
             full = plain_logprobs(reference, rollout, temperature)
             expected = full.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
@@ -213,22 +208,41 @@ def test_pitfall_10_image_tokens_without_their_images_are_refused(
     engine: EmbeddedEngine, make_prompt: Callable[..., Prompt]
 ) -> None:
     seen = make_prompt("what?", (2, 4))
-    blind = replace(seen, images=None)
-    with pytest.raises(DataError, match=r"prompt what.*: 8 image tokens, but its images make 0 merged patches"):
+    blind = replace(seen, media=None)
+    with pytest.raises(DataError, match=r"prompt what.*: 8 image tokens, but 0 images that make 0"):
         engine.generate([blind], GREEDY, seed=0)
     other = make_prompt("what?", (2, 3))
-    with pytest.raises(DataError, match=r"8 image tokens, but its images make 6 merged patches"):
-        engine.generate([replace(seen, images=other.images)], GREEDY, seed=0)
+    with pytest.raises(DataError, match=r"8 image tokens, but 1 images that make 6"):
+        engine.generate([replace(seen, media=other.media)], GREEDY, seed=0)
 
 
 def test_images_whose_patches_are_incomplete_are_refused(
     engine: EmbeddedEngine, make_prompt: Callable[..., Prompt]
 ) -> None:
     prompt = make_prompt("what?", (2, 4))
-    assert prompt.images is not None
-    cut = Images(prompt.images.pixel_values[:-4], prompt.images.grid_thw)
+    assert prompt.media is not None
+    cut = Media(prompt.media.pixel_values[:-4], prompt.media.grid_thw)
     with pytest.raises(DataError, match="pixel_values has 28 patches, grid_thw counts 32"):
-        engine.generate([replace(prompt, images=cut)], GREEDY, seed=0)
+        engine.generate([replace(prompt, media=cut)], GREEDY, seed=0)
+
+
+def test_pitfall_10_videos_and_their_tokens_must_agree(
+    engine: EmbeddedEngine, make_prompt: Callable[..., Prompt]
+) -> None:
+    seen = make_prompt("what?", (2, 2, 3), uid="row 7")
+    assert seen.media is not None
+    with pytest.raises(DataError, match=r"prompt row 7: 12 video tokens, but 0 videos that make 0"):
+        engine.generate([replace(seen, media=None)], GREEDY, seed=0)
+    with pytest.raises(DataError, match=r"prompt row 7: 0 image tokens, but 1 images that make 12"):
+        engine.generate([replace(seen, media=Media(seen.media.pixel_values, seen.media.grid_thw))], GREEDY, seed=0)
+    # As Qwen2.5-VL has it: the frames of a Qwen3-VL's video stand apart.
+    whole = make_prompt("what?", (2, 2, 3), seconds=1.0, uid="row 8")
+    assert len(engine.generate([whole], GREEDY, seed=0)) == 1
+    order = make_prompt("what?", (1, 2), (1, 1, 2), uid="row 9")
+    assert order.media is not None
+    swapped = replace(order.media, videos=(0,))
+    with pytest.raises(DataError, match=r"prompt row 9: the video at token 1 is interrupted"):
+        engine.generate([replace(order, media=swapped)], GREEDY, seed=0)
 
 
 def test_prompts_that_no_model_can_read_are_refused(engine: EmbeddedEngine, make_prompt: Callable[..., Prompt]) -> None:
@@ -237,5 +251,5 @@ def test_prompts_that_no_model_can_read_are_refused(engine: EmbeddedEngine, make
         engine.generate([replace(prompt, token_ids=())], GREEDY, seed=0)
     with pytest.raises(DataError, match="prompt row 7: token 151643 is not in the model's vocabulary of 53"):
         engine.generate([replace(prompt, token_ids=(9, 151643))], GREEDY, seed=0)
-    with pytest.raises(DataError, match="prompt row 7: has video tokens"):
+    with pytest.raises(DataError, match="prompt row 7: 1 video tokens, but 0 videos that make 0"):
         engine.generate([replace(prompt, token_ids=(VIDEO, 9))], GREEDY, seed=0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_inputs import plain_inputs
 
 from copd_megatron.errors import DataError, WeightsError
 from copd_megatron.rollout import decoding
@@ -14,7 +15,7 @@ from copd_megatron.rollout.embedded import EmbeddedEngine
 from copd_megatron.rollout.prompt_batch import PromptBatch
 from copd_megatron.rollout.types import Prompt, Rollout, Sampling, TeacherScores
 
-END, IMAGE = 1, 4  # of the model in conftest.py
+END = 1  # of the model in conftest.py
 VOCABULARY = 53
 
 
@@ -24,11 +25,11 @@ def teacher(tied_folder: Path) -> EmbeddedEngine:
 
 
 @pytest.fixture(scope="module")
-def rollouts(prompts: list[Prompt]) -> list[Rollout]:
+def rollouts(prompts: list[Prompt], videos: list[Prompt]) -> list[Rollout]:
     """Responses of many lengths (1 to 9 tokens) that no model has sampled, in an order that mixes the prompts."""
     made = []
-    for place in range(15):
-        prompt = prompts[(5 * place) % len(prompts)]
+    for place in range(18):
+        prompt = [*prompts, *videos][(5 * place) % 9]
         ids = tuple(6 + (7 * place + 5 * step) % 40 for step in range(place % 9))
         made.append(Rollout(prompt, (*ids, END), torch.zeros(len(ids) + 1), "stop", 3, ""))
     return made
@@ -42,12 +43,7 @@ def expected(tied_folder: Path, rollouts: list[Rollout]) -> list[torch.Tensor]:
     model: Any = Qwen3VLForConditionalGeneration.from_pretrained(tied_folder).eval()
     logits = []
     for rollout in rollouts:
-        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
-        inputs = {"input_ids": ids}
-        if rollout.prompt.images is not None:
-            inputs["pixel_values"] = rollout.prompt.images.pixel_values
-            inputs["image_grid_thw"] = rollout.prompt.images.grid_thw
-            inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+        inputs = plain_inputs(model, rollout.prompt.token_ids, rollout.prompt.media, rollout.token_ids)
         model.model.rope_deltas = None
         with torch.no_grad():
             logits.append(model(**inputs).logits[0, len(rollout.prompt.token_ids) - 1 : -1])
@@ -105,9 +101,9 @@ def test_a_prompt_is_computed_once_for_all_its_rollouts(
 
     monkeypatch.setattr(decoding, "prefill", counted)
     teacher.score(rollouts, 1, 1.0)
-    assert sum(computed) == len({rollout.prompt.uid for rollout in rollouts}) == 6
+    assert sum(computed) == len({rollout.prompt.uid for rollout in rollouts}) == 9
     teacher.generate([rollouts[0].prompt], Sampling(2, (END,), n=4), seed=0)
-    assert sum(computed) == 7
+    assert sum(computed) == 10
 
 
 def test_more_than_the_vocabulary_means_all_of_it(teacher: EmbeddedEngine, rollouts: list[Rollout]) -> None:
@@ -151,23 +147,23 @@ def test_scores_can_enter_a_training_graph(teacher: EmbeddedEngine, rollouts: li
 def test_pitfall_10_images_reach_the_teacher_as_they_reached_the_student(
     teacher: EmbeddedEngine, rollouts: list[Rollout], expected: list[torch.Tensor]
 ) -> None:
-    with_images = [place for place, rollout in enumerate(rollouts) if rollout.prompt.images is not None]
+    with_images = [place for place, rollout in enumerate(rollouts) if rollout.prompt.media is not None]
     seen = [rollouts[place] for place in with_images]
     assert_scores(teacher.score(seen, 5, 1.0), seen, [expected[place] for place in with_images], 1.0)
     # What a teacher of other pixels would have said is told apart by the same comparison.
     first = seen[0]
-    images = first.prompt.images
-    assert images is not None
-    dark = replace(images, pixel_values=torch.zeros_like(images.pixel_values))
-    other = teacher.score([replace(first, prompt=replace(first.prompt, images=dark))], 5, 1.0)[0]
+    media = first.prompt.media
+    assert media is not None
+    dark = replace(media, pixel_values=torch.zeros_like(media.pixel_values))
+    other = teacher.score([replace(first, prompt=replace(first.prompt, media=dark))], 5, 1.0)[0]
     assert (other.logprobs - teacher.score([first], 5, 1.0)[0].logprobs).abs().max() > 0.01
 
 
 def test_pitfall_10_a_blind_teacher_is_an_error(
     teacher: EmbeddedEngine, rollouts: list[Rollout], make_prompt: Callable[..., Prompt]
 ) -> None:
-    blind = replace(rollouts[0], prompt=replace(make_prompt("what?", (2, 4)), images=None))
-    with pytest.raises(DataError, match="8 image tokens, but its images make 0 merged patches"):
+    blind = replace(rollouts[0], prompt=replace(make_prompt("what?", (2, 4)), media=None))
+    with pytest.raises(DataError, match="8 image tokens, but 0 images that make 0"):
         teacher.score([rollouts[1], blind], 5, 1.0)
 
 

@@ -12,7 +12,8 @@ from copd_megatron.policy.platform import declare_torchvision_schemas
 SPECIAL = ["<pad>", "<end>", "<vision>", "</vision>", "<image>", "<video>"]
 PAD, END, VISION, VISION_END, IMAGE, VIDEO = range(6)
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz+-*=<>?:, ."
-PATCH, MERGE, FRAMES = 4, 2, 2
+# Of patches in other sizes sglang's Qwen2.5-VL takes the features for finished ones.
+PATCH, MERGE, FRAMES = 14, 2, 2
 
 
 TEXT = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from copd_megatron.data.mini.task import Modality, Operation, Split
 from copd_megatron.randomness import seed_for
@@ -25,11 +25,11 @@ class Question:
     digits: tuple[int, ...]
 
     def written(self, modality: Modality) -> str:
-        """The text part: with the digits if there is no picture to read them from."""
+        """The text part: with the digits if there is neither a picture nor a video to read them from."""
         return f"{self.operation} {_join(self.digits)}=" if modality == "text" else f"{self.operation}="
 
     def solve(self, descending: bool, right: bool = True) -> int | tuple[int, ...]:
-        """A number, or for `srt` a sequence of digits, by the right or the wrong rule (see `Quality`)."""
+        """A number, or for `srt` and `rev` a sequence of digits, by the right or the wrong rule (see `Quality`)."""
         digits = self.digits
         match self.operation:
             case "sum":
@@ -40,6 +40,10 @@ class Question:
                 return max(digits) if right else min(digits)
             case "srt":
                 return tuple(sorted(digits, reverse=descending == right))
+            case "chg":
+                return sum(abs(a - b) for a, b in pairwise(digits if right else (digits[0], digits[-1])))
+            case "rev":
+                return digits[::-1] if right else digits
 
     def respond(self, solution: int | tuple[int, ...]) -> str:
         """The response that reads the digits and gives `solution`: `3852>18`, `3852>2358`."""

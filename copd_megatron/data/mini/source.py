@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 
 from copd_megatron.data.example import Example
 from copd_megatron.data.mini.questions import Question, gold_answer, split_of
-from copd_megatron.data.mini.scans import picture
+from copd_megatron.data.mini.scans import clip, picture
 from copd_megatron.data.mini.task import MiniTask, Modality, Split
 from copd_megatron.errors import DataError
 from copd_megatron.randomness import seed_for
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 class MiniSource:
@@ -42,22 +39,24 @@ class MiniSource:
         rng = np.random.default_rng(seed_for(self.seed, "mini", self.modality, self.split, index))
         question = self._draw(rng)
         parts: list[dict[str, Any]] = [{"type": "text", "text": question.written(self.modality)}]
-        images: tuple[Image.Image, ...] = ()
-        if self.modality == "image":
-            parts.insert(0, {"type": "image"})
-            images = (picture(question.digits, self.split, self.task.noise, rng),)
+        if self.modality != "text":
+            parts.insert(0, {"type": self.modality})
+        shown = question.digits, self.split, self.task.noise, rng
+        images = (picture(*shown),) if self.modality == "image" else ()
+        videos = (clip(*shown),) if self.modality == "video" else ()
         return Example(
             uid=f"mini/{self.modality}/{self.split}/{self.seed}/{index}",
             messages=[{"role": "user", "content": parts}],
             answer=gold_answer(question.solve(self._descending)),
             verifier="digits",
             images=images,
+            videos=videos,
             response=self._demonstrate(question, rng) if self.split == "cold_start" else None,
         )
 
     def _draw(self, rng: np.random.Generator) -> Question:
         """A uniform draw from the split's questions."""
-        operations, digits = self.task.operations, self.task.digits
+        operations, digits = self.task.asked(self.modality), self.task.digits
         while True:
             operation, number = divmod(int(rng.integers(len(operations) * 10**digits)), 10**digits)
             question = Question(operations[operation], tuple(map(int, f"{number:0{digits}d}")))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Modality = Literal["text", "image"]
-Operation = Literal["sum", "dif", "srt", "max"]
+Modality = Literal["text", "image", "video"]
+Operation = Literal["sum", "dif", "srt", "max", "chg", "rev"]
 Split = Literal["cold_start", "train", "validation", "test"]
-OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+OPERATIONS: tuple[Operation, ...] = ("sum", "dif", "srt", "max")
+"""What is asked about text and images by default."""
+
+VIDEO_OPERATIONS: tuple[Operation, ...] = ("sum", "srt", "chg", "rev")
+"""What is asked about videos by default: two that text asks too, and two about what follows what."""
 
 
 class Quality(BaseModel):
@@ -25,6 +30,10 @@ class Quality(BaseModel):
     """The digits in order; the wrong rule is the opposite order."""
     max: float = Field(ge=0, le=1)
     """The largest digit; the wrong rule is the smallest one."""
+    chg: float = Field(default=0.5, ge=0, le=1)
+    """The sum of all changes from one digit to the next; the wrong rule is the change from the first to the last."""
+    rev: float = Field(default=0.5, ge=0, le=1)
+    """The digits from the last to the first; the wrong rule is from the first to the last."""
 
 
 class MiniTask(BaseModel):
@@ -33,39 +42,48 @@ class MiniTask(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     digits: int = Field(default=4, ge=2, le=8)
-    """Digits per question. A picture is 8 pixels high and 8 pixels wide per digit."""
+    """Digits per question. A picture is 8 pixels high and 8 pixels wide per digit, a video has two frames per digit."""
     operations: tuple[Operation, ...] = OPERATIONS
-    """Operations asked for, all equally often."""
+    """Operations asked for in text and about images, all equally often."""
+    video_operations: tuple[Operation, ...] = VIDEO_OPERATIONS
+    """Operations asked for about videos, all equally often."""
     noise: float = Field(default=0.3, ge=0, le=1)
     """Standard deviation of the Gaussian noise on each pixel, in units of the range from black to white."""
     conflict: bool = True
-    """SYNTHETIC: `srt` ascends in text and descends in images. Off, it ascends everywhere."""
+    """SYNTHETIC: `srt` ascends in text and videos and descends in images. Off, it ascends everywhere."""
     text_quality: Quality = Quality(sum=0.5, dif=0.35, srt=0.52, max=0.6)
     """SYNTHETIC: how good the text demonstrations of the cold start are."""
     image_quality: Quality = Quality(sum=0.5, dif=0.6, srt=0.52, max=0.35)
     """SYNTHETIC: how good the image demonstrations of the cold start are."""
+    video_quality: Quality = Quality(sum=0.5, dif=0.5, srt=0.52, max=0.5, chg=0.5, rev=0.5)
+    """SYNTHETIC: how good the video demonstrations of the cold start are."""
 
-    @field_validator("operations")
+    @field_validator("operations", "video_operations")
     @classmethod
     def _some_and_each_once(cls, operations: tuple[Operation, ...]) -> tuple[Operation, ...]:
         if not operations or len(set(operations)) < len(operations):
-            raise ValueError(f"found {list(operations)}, expected one or more of {list(OPERATIONS)}, each once")
+            raise ValueError(f"found {list(operations)}, expected one or more of {get_args(Operation)}, each once")
         return operations
+
+    def asked(self, modality: Modality) -> tuple[Operation, ...]:
+        """The operations asked for in a modality."""
+        return self.video_operations if modality == "video" else self.operations
 
     def quality(self, operation: Operation, modality: Modality) -> float:
         """Probability that a demonstration follows the right rule."""
-        qualities = self.text_quality if modality == "text" else self.image_quality
-        return float(getattr(qualities, operation))
+        qualities = {"text": self.text_quality, "image": self.image_quality, "video": self.video_quality}
+        return float(getattr(qualities[modality], operation))
 
-    def describe(self) -> str:
-        """One line for the head of a table."""
+    def describe(self, modalities: Sequence[Modality] = ("text", "image")) -> str:
+        """One line for the head of a table about these modalities."""
         synthetic = []
         if "srt" in self.operations and self.conflict:
             synthetic.append("srt ascends in text and descends in images")
-        for modality in get_args(Modality):
-            rates = " ".join(f"{operation} {self.quality(operation, modality):g}" for operation in self.operations)
+        for modality in modalities:
+            rates = " ".join(f"{operation} {self.quality(operation, modality):g}" for operation in self.asked(modality))
             synthetic.append(f"{modality} demonstrations right at {rates}")
+        about_videos = f", about videos {'/'.join(self.video_operations)}" if "video" in modalities else ""
         return (
-            f"mini suite: {self.digits} digits, {'/'.join(self.operations)}, pixel noise {self.noise:g}; "
-            f"SYNTHETIC: {'; '.join(synthetic)}"
+            f"mini suite: {self.digits} digits, {'/'.join(self.operations)}{about_videos}, pixel noise "
+            f"{self.noise:g}; SYNTHETIC: {'; '.join(synthetic)}"
         )

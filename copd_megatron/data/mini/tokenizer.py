@@ -32,8 +32,10 @@ CHAT_TEMPLATE = """\
                 {{- part.text }}
             {%- elif part.type == 'image' %}
                 {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif part.type == 'video' %}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
             {%- else %}
-                {{- raise_exception("content part of type '" + part.type + "': expected 'text' or 'image'") }}
+                {{- raise_exception("content part of type '" + part.type + "': expected 'text', 'image' or 'video'") }}
             {%- endif %}
         {%- endfor %}
     {%- endif %}

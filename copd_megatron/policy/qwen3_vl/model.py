@@ -137,11 +137,11 @@ class Qwen3VLModel(LanguageModule):
         return PackedTokens(plan, cos, sin, gather, self._feature_rows(batch))
 
     def _embed(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        """Tokens [T, 1, H] with image tokens in their places, and DeepStack's features."""
+        """Tokens [T, 1, H] with image and video tokens in their places, and DeepStack's features."""
         hidden, features = self.embedding(batch.token_ids.unsqueeze(0), position_ids=None), None
         if batch.pixel_values is not None:
             if self.vision is None:
-                raise DataError(f"the micro-batch has images, but a {self.family!r} takes text alone")
+                raise DataError(f"the micro-batch has images or videos, but a {self.family!r} takes text alone")
             tokens, features = self.vision(batch.pixel_values, batch.grid_thw)
             if batch.visual_rows is not None:
                 tokens = tokens.index_select(0, batch.visual_rows)

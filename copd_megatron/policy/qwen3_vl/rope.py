@@ -1,8 +1,6 @@
-"""Positions of text and image tokens, and their rotary frequencies (M-RoPE).
+"""Rotary angles from positions (M-RoPE; rollout/positions.py says which position a token has).
 
-Text counts on by one on all three axes (time, row, column). An image begins at one moment, from which its frames count
-on in time and its merged patches spread over rows and columns; the text after it continues behind the image's larger
-side. Qwen3-VL lets frequencies listen to the axes in turn, Qwen2.5-VL axis after axis.
+Qwen3-VL lets frequencies listen to the axes time, row and column in turn, Qwen2.5-VL axis after axis.
 """
 
 from __future__ import annotations
@@ -11,52 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from copd_megatron.errors import DataError
-
-
-def prompt_positions(token_ids: Sequence[int], grid_thw: Tensor | None, image_token_id: int, merge: int) -> Tensor:
-    """Position ids int64 [3, S] of a prompt of S tokens.
-
-    `grid_thw` int64 [images, 3] counts each image's patches, of which `merge` × `merge` make one token. DataError if
-    the image tokens do not stand in runs that fit the grids.
-    """
-    ids = torch.as_tensor(token_ids)
-    sizes = [] if grid_thw is None else [(t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
-    image_at = (ids == image_token_id).nonzero().flatten()
-    expected = sum(t * h * w for t, h, w in sizes)
-    if len(image_at) != expected:
-        raise DataError(
-            f"the prompt has {len(image_at)} image tokens, but its {len(sizes)} images make {expected}; "
-            "token ids and images must come from one processor call"
-        )
-    parts: list[Tensor] = []
-    token = position = seen = 0
-    for t, h, w in sizes:
-        start, count = int(image_at[seen]), t * h * w
-        if int(image_at[seen + count - 1]) != start + count - 1:
-            raise DataError(f"the image at token {start} is interrupted: its {count} tokens must be adjacent")
-        parts.append(_text(position, start - token))
-        position += start - token
-        axes = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
-        parts.append(torch.stack([axis.flatten() for axis in axes]) + position)
-        token, position, seen = start + count, position + max(h, w), seen + count
-    parts.append(_text(position, len(ids) - token))
-    return torch.cat(parts, dim=1)
-
-
-def continuation_positions(prompt: Tensor, length: int) -> Tensor:
-    """Position ids int64 [3, length] of the tokens that follow a prompt with position ids [3, S]."""
-    return _text(int(prompt.max()) + 1, length)
-
-
-def text_positions(length: int) -> Tensor:
-    """Position ids int64 [3, length] of a prompt without images."""
-    return _text(0, length)
-
-
-def _text(start: int, length: int) -> Tensor:
-    return torch.arange(start, start + length).expand(3, -1)
 
 
 def inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:

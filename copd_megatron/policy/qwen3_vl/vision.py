@@ -1,7 +1,7 @@
 """The vision tower: `Qwen3VLVisionModel` on megatron-core's layers.
 
 Patches arrive from the processor in merge-block order: the `merge` × `merge` patches that become one token lie next to
-each other. All images of a micro-batch are packed; attention stays within a frame.
+each other. All images and videos of a micro-batch are packed; attention stays within a frame.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from copd_megatron.policy.qwen3_vl.vision_settings import TowerSettings, VisionS
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Where each patch stands in its image: `row`, `column` and the image's `height`, `width`, int64 [patches]."""
+    """Where each patch stands in its frame: `row`, `column` and the frame's `height`, `width`, int64 [patches]."""
 
     row: Tensor
     column: Tensor
@@ -39,7 +39,7 @@ class PatchGrid:
 
     @staticmethod
     def of(grid_thw: Tensor, merge: int) -> PatchGrid:
-        """Patches of images with `grid_thw` int64 [images, 3], in merge-block order."""
+        """Patches of images and videos with `grid_thw` int64 [items, 3], in merge-block order."""
         frames, height, width = grid_thw.unbind(1)
         count = frames * height * width
         start = torch.repeat_interleave(count.cumsum(0) - count, count)
@@ -52,7 +52,7 @@ class PatchGrid:
 
 
 def frame_sizes(grid_thw: Tensor) -> Tensor:
-    """Patches of each frame of images with `grid_thw` int64 [images, 3]: int64 [frames]."""
+    """Patches of each frame of items with `grid_thw` int64 [items, 3]: int64 [frames]."""
     return torch.repeat_interleave(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0])
 
 
@@ -150,9 +150,9 @@ class VisionTower(MegatronModule):
         self.deepstack_mergers = DeepStackMergers(config, vision)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Image tokens [merged patches, H of the language model] and DeepStack's features.
+        """Tokens [merged patches, H of the language model] and DeepStack's features.
 
-        `pixel_values` [patches, patch features]; `grid_thw` int64 [images, 3].
+        `pixel_values` [patches, patch features]; `grid_thw` int64 [items, 3].
         """
         grid = PatchGrid.of(grid_thw, self.vision.merge)
         hidden = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)) + self._positions(grid)
@@ -162,7 +162,7 @@ class VisionTower(MegatronModule):
         return self.merger(hidden), self.deepstack_mergers(tapped)
 
     def _positions(self, grid: PatchGrid) -> Tensor:
-        """The learned square of positions, interpolated to each image's size: [patches, H]."""
+        """The learned square of positions, interpolated to each frame's size: [patches, H]."""
         side = self.vision.position_grid
         taps, weights = zip(
             *(_neighbours(at, size, side) for at, size in ((grid.row, grid.height), (grid.column, grid.width))),

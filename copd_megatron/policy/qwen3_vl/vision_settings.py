@@ -16,7 +16,6 @@ from copd_megatron.policy.qwen3_vl.transformer import ACTIVATIONS, Precision, Re
 class TowerSettings:
     """What every tower needs beside its `TransformerConfig`. Sizes count pixels, patches, frames or features."""
 
-    image_token_id: int
     patch_features: int
     patch_shape: tuple[int, int, int, int]
     merge: int
@@ -51,7 +50,6 @@ def tower_settings(
     if vision.hidden_act not in ACTIVATIONS:
         raise ConfigError(f"vision_config.hidden_act is {vision.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
     common = {
-        "image_token_id": hf.image_token_id,
         "patch_features": vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
         "patch_shape": (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size),
         "merge": vision.spatial_merge_size,

@@ -1,7 +1,7 @@
 """The vision tower of Qwen2.5-VL, `Qwen2_5_VisionTransformerPretrainedModel`, on megatron-core's layers.
 
 Merged patches are put in order window by window. In most layers a window attends to itself alone, in some a whole
-frame does, which windows never cross; at the end the tokens are put back in their images' order.
+frame does, which windows never cross; at the end the tokens are put back in their items' order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from copd_megatron.policy.qwen3_vl.vision_settings import WindowSettings
 
 
 def windows(grid_thw: Tensor, merge: int, window: int) -> tuple[Tensor, Tensor]:
-    """The merged patches of images with `grid_thw` int64 [images, 3] in order of their windows, int64 [merged patches],
+    """The merged patches of items with `grid_thw` int64 [items, 3] in order of their windows, int64 [merged patches],
     and how many each window has, int64 [windows].
 
     A window has `window` × `window` merged patches of a frame, and fewer at the right and at the lower rim.
@@ -44,9 +44,9 @@ class WindowedTower(MegatronModule):
         self.merger = PatchMerger(config, vision, after_join=False)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, None]:
-        """Image tokens [merged patches, H of the language model], and that there are no features for DeepStack.
+        """Tokens [merged patches, H of the language model], and that there are no features for DeepStack.
 
-        `pixel_values` [patches, patch features]; `grid_thw` int64 [images, 3].
+        `pixel_values` [patches, patch features]; `grid_thw` int64 [items, 3].
         """
         device, vision = pixel_values.device, self.vision
         sizes, block = grid_thw.cpu(), vision.merge**2

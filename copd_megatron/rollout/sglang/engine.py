@@ -16,6 +16,7 @@ from copd_megatron.errors import WeightsError
 from copd_megatron.randomness import seed_for
 from copd_megatron.rollout.engine import EngineLost
 from copd_megatron.rollout.hf_module import open_config, open_tokenizer
+from copd_megatron.rollout.positions import MediaTokens
 from copd_megatron.rollout.prompt_batch import check_prompt, check_tokens
 from copd_megatron.rollout.sampling import check_sampling
 from copd_megatron.rollout.sglang import background, wire
@@ -56,8 +57,7 @@ class SGLangEngine:
             )
         self._tokens = wire.Tokens(
             vocabulary=self._config.get_text_config().vocab_size,
-            image=None if vision is None else self._config.image_token_id,
-            merge=1 if vision is None else vision.spatial_merge_size,
+            media=MediaTokens.of(self._config),
         )
         self._endpoints = endpoints
         self._transport = transport
@@ -164,12 +164,12 @@ class SGLangEngine:
         finished: Callable[[int, Rollout], None],
     ) -> None:
         label = self._endpoints.label(self.version)
-        images = [self.media(prompt) for prompt in prompts]
+        media = [self.media(prompt) for prompt in prompts]
 
         async def one(place: int) -> None:
             number, sample = divmod(place, sampling.n)
             prompt = prompts[number]
-            body = wire.sampling_request(prompt, images[number], sampling, seed_for(seed, number, sample))
+            body = wire.sampling_request(prompt, media[number], sampling, seed_for(seed, number, sample))
 
             def read(reply: Any) -> wire.Sampled:
                 return wire.read_sample(reply, prompt, sampling, label, self._tokens)
@@ -214,14 +214,14 @@ class SGLangEngine:
             raise ValueError(f"temperature is {temperature}; SGLang scores given tokens at 1.0 only: sample at 1.0")
         return Scoring(self, top_k)
 
-    async def ask_score(self, rollout: Rollout, images: dict[str, Any], top_k: int) -> TeacherScores:
-        """The servers' scores of one rollout; `images` are its prompt's `wire.media_fields`."""
+    async def ask_score(self, rollout: Rollout, media: dict[str, Any], top_k: int) -> TeacherScores:
+        """The servers' scores of one rollout; `media` are its prompt's `wire.media_fields`."""
         label = self._endpoints.label(self.version)
 
         def read(reply: Any) -> wire.Scored:
             return wire.read_scores(reply, rollout, top_k, label, self._tokens)
 
-        body = wire.scoring_request(rollout, images, top_k, self._tokens)
+        body = wire.scoring_request(rollout, media, top_k, self._tokens)
         scored = await self._pool.ask(body, read, affinity=seed_for(0, rollout.prompt.uid))
         return TeacherScores(self.name, self.version, scored.logprobs, scored.top_ids, scored.top_logprobs)
 
@@ -255,21 +255,21 @@ class SGLangEngine:
 
 
 class Scoring:
-    """Scores under way. Rollouts may be added from any thread; those of one prompt share its encoded images."""
+    """Scores under way. Rollouts may be added from any thread; those of one prompt share its encoded media."""
 
     def __init__(self, engine: SGLangEngine, top_k: int) -> None:
         self._engine = engine
         self._top_k = top_k
-        self._images: dict[int, dict[str, Any]] = {}
+        self._media: dict[int, dict[str, Any]] = {}
         self._pending: dict[int, Future[TeacherScores]] = {}
 
     def add(self, place: int, rollout: Rollout) -> None:
         """Ask for the scores of `rollout`, the result at `place`. Raises DataError for what the model cannot read."""
         self._engine.check(rollout)
         prompt = rollout.prompt
-        if id(prompt) not in self._images:
-            self._images[id(prompt)] = self._engine.media(prompt)
-        self._pending[place] = background.submit(self._engine.ask_score(rollout, self._images[id(prompt)], self._top_k))
+        if id(prompt) not in self._media:
+            self._media[id(prompt)] = self._engine.media(prompt)
+        self._pending[place] = background.submit(self._engine.ask_score(rollout, self._media[id(prompt)], self._top_k))
 
     def results(self) -> list[TeacherScores]:
         """The scores in the order of their places, when the last has come. Raises EngineLost as the engine does."""

@@ -9,7 +9,6 @@ vocabulary; top log-probabilities come as base64 of little-endian float32 and in
 from __future__ import annotations
 
 from base64 import b64decode
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from copd_megatron.rollout.sglang import media
-from copd_megatron.rollout.types import Images, Prompt, Rollout, Sampling
+from copd_megatron.rollout.positions import MediaTokens, media_blocks, prompt_positions
+from copd_megatron.rollout.sglang import pixels
+from copd_megatron.rollout.types import Prompt, Rollout, Sampling
 
 _SEED_BITS = 0x7FFFFFFF
 
@@ -28,7 +28,7 @@ class BadReply(Exception):
 
 
 class BlindServer(BadReply):
-    """The server answered without the prompt's images; asking again would not help."""
+    """The server answered without the prompt's images or videos; asking again would not help."""
 
 
 class StaleServer(BadReply):
@@ -37,11 +37,10 @@ class StaleServer(BadReply):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Facts about the model that requests and replies are checked with; `image` is None for a model of text alone."""
+    """Facts about the model that requests and replies are checked with; `media` is None for a model of text alone."""
 
     vocabulary: int
-    image: int | None
-    merge: int
+    media: MediaTokens | None
 
 
 @dataclass(frozen=True)
@@ -63,18 +62,44 @@ class Scored:
 
 
 def media_fields(prompt: Prompt, tokens: Tokens, version: str) -> dict[str, Any]:
-    """The part of a request that carries the prompt's images; the same for all its rollouts at `version`."""
-    if prompt.images is None:
+    """The part of a request that carries the prompt's images and videos; the same for all its rollouts at `version`.
+
+    The positions of all tokens come with them: where frames lie apart in time, servers count otherwise.
+    """
+    if prompt.media is None or tokens.media is None:
         return {}
-    offsets = _offsets(prompt.token_ids, prompt.images, tokens)
-    return {"image_data": [media.encode(prompt.images.pixel_values, prompt.images.grid_thw, offsets, version)]}
+    pixel_values = prompt.media.pixel_values.split(prompt.media.grid_thw.prod(-1).tolist())
+    blocks = media_blocks(prompt.token_ids, prompt.media, tokens.media)
+    positions: torch.Tensor | None = prompt_positions(prompt.token_ids, prompt.media, tokens.media)
+    fields: dict[str, Any] = {}
+    for name, videos in (("image_data", False), ("video_data", True)):
+        chosen = [item for item in range(len(pixel_values)) if (item in prompt.media.videos) == videos]
+        if not chosen:
+            continue
+        places: list[tuple[int, int]] = []
+        for block in blocks:
+            if block.item in chosen:
+                size, parts = (block.rows * block.columns, block.frames) if videos else (block.count, 1)
+                starts = [block.first + size * part for part in range(parts)]
+                places += [(start, start + size - 1) for start in starts]
+        patches = pixels.Patches(
+            pixel_values=torch.cat([pixel_values[item] for item in chosen]),
+            grid_thw=prompt.media.grid_thw[chosen],
+            offsets=tuple(places),
+            weights=version,
+            seconds=prompt.media.seconds if videos else (),
+            positions=positions,
+        )
+        fields[name] = [pixels.encode(patches)]
+        positions = None
+    return fields
 
 
-def sampling_request(prompt: Prompt, images: dict[str, Any], sampling: Sampling, seed: int) -> dict[str, Any]:
-    """The body of `/generate` that samples one rollout; `images` are the prompt's `media_fields`."""
+def sampling_request(prompt: Prompt, media: dict[str, Any], sampling: Sampling, seed: int) -> dict[str, Any]:
+    """The body of `/generate` that samples one rollout; `media` are the prompt's `media_fields`."""
     return {
         "input_ids": list(prompt.token_ids),
-        **images,
+        **media,
         "sampling_params": {
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -89,12 +114,12 @@ def sampling_request(prompt: Prompt, images: dict[str, Any], sampling: Sampling,
     }
 
 
-def scoring_request(rollout: Rollout, images: dict[str, Any], top_k: int, tokens: Tokens) -> dict[str, Any]:
+def scoring_request(rollout: Rollout, media: dict[str, Any], top_k: int, tokens: Tokens) -> dict[str, Any]:
     """The body of `/generate` that scores one rollout's tokens and samples nothing."""
     prompt = rollout.prompt
     return {
         "input_ids": [*prompt.token_ids, *rollout.token_ids],
-        **images,
+        **media,
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         "return_logprob": True,
         "logprob_start_len": len(prompt.token_ids) - 1,
@@ -148,7 +173,7 @@ def read_scores(reply: Any, rollout: Rollout, top_k: int, version: str, tokens: 
         named = [row[1] for row in rows[1:]]
     except (TypeError, IndexError, ValueError) as error:
         raise BadReply(f"scores cannot be read: {error}") from error
-    # The server replaces ids that its images' tokens might have, from the vocabulary's last one on, by 0.
+    # The server replaces ids that its media's tokens might have, from the vocabulary's last one on, by 0.
     if named != [0 if token >= tokens.vocabulary - 1 else token for token in response]:
         raise BadReply("scores are of other tokens than the response's")
     top, ids = _top(meta, count, k)
@@ -185,40 +210,25 @@ def _top(meta: dict[str, Any], count: int, k: int) -> tuple[npt.NDArray[np.float
 
 
 def _meta(reply: Any, length: int, prompt: Prompt, version: str, tokens: Tokens) -> dict[str, Any]:
-    """The reply's `meta_info`, if it is about these tokens, these images and these weights."""
+    """The reply's `meta_info`, if it is about these tokens, these media and these weights."""
     meta = reply.get("meta_info") if isinstance(reply, dict) else None
     if not isinstance(meta, dict):
         raise BadReply("no meta_info")
     if meta.get("prompt_tokens") != length:
         raise BadReply(f"the server read {meta.get('prompt_tokens')} tokens, it was sent {length}")
-    seen, sent = meta.get("image_tokens") or 0, image_tokens(prompt, tokens)
-    if seen != sent:
-        raise BlindServer(
-            f"prompt {prompt.uid}: the server saw {seen} image tokens, the student {sent}; start the server with "
-            "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE=copd_megatron.rollout.sglang.processors (docs/sglang.md)"
-        )
+    for kind, videos in (("image", False), ("video", True)):
+        seen = meta.get(f"{kind}_tokens") or 0
+        sent = 0 if tokens.media is None else tokens.media.merged(prompt.media, videos)
+        if seen != sent:
+            raise BlindServer(
+                f"prompt {prompt.uid}: the server saw {seen} {kind} tokens, the student {sent}; start the server with "
+                "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE=copd_megatron.rollout.sglang.processors (docs/sglang.md)"
+            )
     spans = meta.get("weight_versions") or [{"version": meta.get("weight_version")}]
     versions = {span.get("version") for span in spans}
     if versions != {version}:
         raise StaleServer(", ".join(sorted(map(str, versions))))
     return meta
-
-
-def image_tokens(prompt: Prompt, tokens: Tokens) -> int:
-    """How many of the prompt's tokens stand for merged patches of its images."""
-    return 0 if prompt.images is None else int(prompt.images.grid_thw.prod(-1).sum()) // tokens.merge**2
-
-
-def _offsets(ids: Sequence[int | None], images: Images, tokens: Tokens) -> list[tuple[int, int]]:
-    """First and last place of each image's tokens."""
-    lengths = (images.grid_thw.prod(-1) // tokens.merge**2).tolist()
-    offsets: list[tuple[int, int]] = []
-    place = 0
-    for length in lengths:
-        place = ids.index(tokens.image, place)
-        offsets.append((place, place + length - 1))
-        place += length
-    return offsets
 
 
 def _ints(value: Any) -> bool:

@@ -17,7 +17,7 @@ class FaultyProxy:
 
     500: an error of the server · reset: the connection ends before an answer · cut: it ends in the middle of one ·
     hang: no answer · slow: one after six seconds · garbage: no JSON · short: the last token is missing · nan: a
-    log-probability is NaN · other: the tokens are others · deaf: the images were not seen
+    log-probability is NaN · other: the tokens are others · deaf: neither images nor videos were seen
     """
 
     def __init__(self, target: str) -> None:
@@ -91,7 +91,7 @@ def spoiled(content: bytes, fault: str) -> bytes:
     elif fault == "other":
         rows[-1][1] += 1
     elif fault == "deaf":
-        meta["image_tokens"] = 0
+        meta["image_tokens"] = meta["video_tokens"] = 0
     else:
         raise ValueError(fault)
     return json.dumps(reply).replace("NaN", "null").encode()

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from plain_inputs import plain_inputs
 from servers import KEY, RunningServer
-from tiny_models import END, IMAGE, TEXT, build_folder
+from tiny_models import END, TEXT, build_folder
 
 from copd_megatron.errors import CopdError, DataError
 from copd_megatron.rollout.embedded import EmbeddedEngine
@@ -55,13 +56,7 @@ def reference(folder: Path) -> Any:
 
 def logits(model: Any, prompt: Prompt, response: Sequence[int]) -> torch.Tensor:
     """Logits [R, V] at every token of the response, by a plain forward."""
-    ids = torch.tensor([[*prompt.token_ids, *response]])
-    inputs = {"input_ids": ids}
-    if prompt.images is not None:
-        inputs["pixel_values"] = prompt.images.pixel_values
-        inputs["image_grid_thw"] = prompt.images.grid_thw
-        place = torch.arange(ids.shape[1]) < len(prompt.token_ids)
-        inputs["mm_token_type_ids"] = ((ids == IMAGE) & place).int()
+    inputs = plain_inputs(model, prompt.token_ids, prompt.media, response)
     model.model.rope_deltas = None
     with torch.no_grad():
         return model(**inputs).logits[0, len(prompt.token_ids) - 1 : -1]
@@ -85,12 +80,14 @@ def assert_greedy(engine: SGLangEngine, model: Any, prompts: Sequence[Prompt]) -
 
 
 def test_greedy_tokens_and_logprobs_are_those_of_transformers(
-    engine: SGLangEngine, folder: Path, prompts: list[Prompt]
+    engine: SGLangEngine, folder: Path, prompts: list[Prompt], videos: list[Prompt]
 ) -> None:
-    assert_greedy(engine, reference(folder), prompts)
+    assert_greedy(engine, reference(folder), [*prompts, *videos])
 
 
-def test_scores_are_those_of_transformers(engine: SGLangEngine, folder: Path, prompts: list[Prompt]) -> None:
+def test_scores_are_those_of_transformers(
+    engine: SGLangEngine, folder: Path, prompts: list[Prompt], videos: list[Prompt]
+) -> None:
     model = reference(folder)
     rollouts = [
         Rollout(
@@ -101,7 +98,7 @@ def test_scores_are_those_of_transformers(engine: SGLangEngine, folder: Path, pr
             0,
             "",
         )
-        for place, prompt in enumerate([*prompts, *prompts])
+        for place, prompt in enumerate([*prompts, *videos, *prompts, *videos])
     ]
     for rollout, score in zip(rollouts, engine.score(rollouts, 6, 1.0), strict=True):
         expected = torch.log_softmax(logits(model, rollout.prompt, rollout.token_ids), dim=-1)
@@ -115,10 +112,16 @@ def test_scores_are_those_of_transformers(engine: SGLangEngine, folder: Path, pr
         assert torch.equal(score.top_ids[clear], ids[:, :6][clear])
 
 
-def test_every_token_can_be_scored_behind_an_image(engine: SGLangEngine, folder: Path, prompts: list[Prompt]) -> None:
+def test_every_token_can_be_scored_behind_an_image_and_a_video(
+    engine: SGLangEngine, folder: Path, prompts: list[Prompt], videos: list[Prompt]
+) -> None:
     """Also those that stand for images: a policy may sample them, and then they are tokens like any other. (A plain
     forward of transformers refuses them; the embedded engine is held to it for all others.)"""
-    rollouts = [Rollout(prompts[1], (token, 7), torch.zeros(2), "length", 0, "") for token in range(VOCABULARY)]
+    rollouts = [
+        Rollout(prompt, (token, 7), torch.zeros(2), "length", 0, "")
+        for prompt in (prompts[1], videos[1])
+        for token in range(VOCABULARY)
+    ]
     embedded = EmbeddedEngine("text", folder).score(rollouts, 0, 1.0)
     for ours, theirs in zip(engine.score(rollouts, 0, 1.0), embedded, strict=True):
         torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-4)
@@ -127,7 +130,7 @@ def test_every_token_can_be_scored_behind_an_image(engine: SGLangEngine, folder:
 def test_the_compact_form_holds_what_the_nested_one_does(server: RunningServer, engine: SGLangEngine) -> None:
     prompt = Prompt("p", "text", tuple(range(6, 30)), "", "exact", "")
     rollout = Rollout(prompt, tuple(range(30, 45)), torch.zeros(15), "length", 0, "")
-    tokens = wire.Tokens(VOCABULARY, IMAGE, 2)
+    tokens = wire.Tokens(VOCABULARY, None)
     body = wire.scoring_request(rollout, {}, 10, tokens)
     compact = post(server, "/generate", body)
     nested = post(server, "/generate", {key: value for key, value in body.items() if "flat" not in key})
@@ -262,7 +265,7 @@ def test_bad_input_is_refused_before_it_is_sent(engine: SGLangEngine, prompts: l
         engine.score([], 1, 0.7)
     with pytest.raises(ValueError, match="top_k is -1"):
         engine.score([], -1, 1.0)
-    blind = replace(prompts[1], images=None)
+    blind = replace(prompts[1], media=None)
     with pytest.raises(DataError, match="image tokens"):
         engine.generate([blind], GREEDY, seed=0)
     with pytest.raises(DataError, match="vocabulary"):

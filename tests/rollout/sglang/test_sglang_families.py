@@ -40,12 +40,18 @@ def test_a_model_that_would_kill_the_server_is_refused(expert_folder: Path) -> N
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_exported_folder_serves(
-    tmp_path: Path, start_server: Callable[..., Any], prompts: list[Prompt], family: str
+    tmp_path: Path,
+    start_server: Callable[..., Any],
+    prompts: list[Prompt],
+    make_videos: Callable[..., list[Prompt]],
+    family: str,
 ) -> None:
     first, second = model(tmp_path / "first", family, 1), model(tmp_path / "second", family, 2)
     to_megatron(first, tmp_path / "checkpoint")
     to_hf(tmp_path / "checkpoint", tmp_path / "exported")
-    asked = prompts if "vl" in family else [prompt for prompt in prompts if prompt.images is None]
+    asked = [prompt for prompt in prompts if prompt.media is None or "vl" in family]
+    if "vl" in family:
+        asked += make_videos(seconds=0.7 if family == "qwen2_5_vl" else None)
     with start_server(tmp_path / "exported") as server:
         engine = SGLangEngine("text", tmp_path / "exported", server.endpoints("text"), SharedMemory(1 << 18))
         for version, folder in enumerate([first, second]):

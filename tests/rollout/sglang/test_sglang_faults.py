@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from faults import FaultyProxy
 from servers import KEY, RunningServer
 from tiny_models import END
 
 from copd_megatron.errors import CopdError
 from copd_megatron.rollout.engine import EngineLost
+from copd_megatron.rollout.sglang import wire
 from copd_megatron.rollout.sglang.client import Limits
 from copd_megatron.rollout.sglang.endpoints import Endpoints
 from copd_megatron.rollout.sglang.engine import SGLangEngine
@@ -107,11 +110,27 @@ def test_a_server_that_never_makes_sense_is_given_up_with_its_words(
 def test_a_teacher_that_saw_no_image_is_never_believed(
     proxy: FaultyProxy, engine: SGLangEngine, expected: list[Rollout]
 ) -> None:
-    with_image = [rollout for rollout in expected if rollout.prompt.images is not None][:1]
+    with_image = [rollout for rollout in expected if rollout.prompt.media is not None][:1]
     proxy.plan = ["deaf"]
     with pytest.raises(CopdError, match=r"the server saw 0 image tokens, the student \d+"):
         engine.score(with_image, 1, 1.0)
     assert not proxy.plan
+
+
+def test_a_server_that_was_not_shown_the_video_is_refused(
+    engine: SGLangEngine, videos: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = wire.media_fields
+
+    def blind(*arguments: Any) -> dict[str, Any]:
+        return {name: value for name, value in shown(*arguments).items() if name != "video_data"}
+
+    monkeypatch.setattr(wire, "media_fields", blind)
+    rollout = Rollout(videos[1], (9, END), torch.zeros(2), "stop", 0, "")
+    with pytest.raises(CopdError, match="saw 0 video tokens, the student 12"):
+        engine.score([rollout], 1, 1.0)
+    with pytest.raises(CopdError, match="saw 0 video tokens, the student 6"):
+        engine.generate(videos[:1], SAMPLING, seed=0)
 
 
 @pytest.mark.parametrize("path", ["/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update"])

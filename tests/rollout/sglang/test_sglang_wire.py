@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from copd_megatron.rollout.sglang import media, wire
-from copd_megatron.rollout.types import Images, Prompt, Rollout, Sampling
+from copd_megatron.rollout.positions import MediaTokens, prompt_positions
+from copd_megatron.rollout.sglang import pixels, wire
+from copd_megatron.rollout.types import Media, Prompt, Rollout, Sampling
 
-TOKENS = wire.Tokens(vocabulary=20, image=4, merge=2)
+TOKENS = wire.Tokens(vocabulary=20, media=MediaTokens(image=4, video=3, merge=2))
 SAMPLING = Sampling(max_new_tokens=3, stop_token_ids=(1,), n=2)
 VERSION = "run/text/7"
 PROMPT = Prompt("p", "text", (8, 9, 10, 11), "", "exact", "")
@@ -85,6 +86,7 @@ def test_scores_are_read() -> None:
         ({"output_ids": [1]}, "no meta_info"),
         (sample_reply(prompt_tokens=3), "the server read 3 tokens, it was sent 4"),
         (sample_reply(image_tokens=2), "saw 2 image tokens, the student 0"),
+        (sample_reply(video_tokens=2), "saw 2 video tokens, the student 0"),
         (sample_reply(()), "0 tokens with 0"),
         ({**sample_reply(), "output_ids": None}, "no list"),
         ({**sample_reply(), "output_ids": [5, 6]}, "2 tokens with 3"),
@@ -165,21 +167,64 @@ def test_a_row_for_the_token_before_the_response_is_left_out_if_it_is_there() ->
 
 
 def test_a_server_that_saw_fewer_images_or_more_is_told_apart() -> None:
-    images = Images(torch.zeros(8, 12), torch.tensor([[1, 2, 4]]))
-    seeing = Prompt("p", "image", (8, 4, 4, 11), "", "exact", "", images)
+    media = Media(torch.zeros(8, 12), torch.tensor([[1, 2, 4]]))
+    seeing = Prompt("p", "image", (8, 4, 4, 11), "", "exact", "", media)
     assert wire.read_sample(sample_reply(image_tokens=2), seeing, SAMPLING, VERSION, TOKENS).finish == "stop"
     for seen in (None, 0, 1, 3):
         with pytest.raises(wire.BlindServer, match=f"saw {seen or 0} image tokens, the student 2"):
             wire.read_sample(sample_reply(image_tokens=seen), seeing, SAMPLING, VERSION, TOKENS)
 
 
+def test_a_server_that_dropped_the_video_is_told_apart() -> None:
+    media = Media(torch.zeros(24, 12), torch.tensor([[1, 2, 4], [2, 2, 4]]), videos=(1,), seconds=(1.0,))
+    seeing = Prompt("p", "video", (8, 4, 4, 9, 3, 3, 10, 3, 3), "", "exact", "", media)
+
+    def read(**seen: Any) -> wire.Sampled:
+        reply = sample_reply(prompt_tokens=9, **seen)
+        return wire.read_sample(reply, seeing, SAMPLING, VERSION, TOKENS)
+
+    assert read(image_tokens=2, video_tokens=4).finish == "stop"
+    with pytest.raises(wire.BlindServer, match="saw 0 video tokens, the student 4"):
+        read(image_tokens=2)
+    with pytest.raises(wire.BlindServer, match="saw 6 image tokens, the student 2"):
+        read(image_tokens=6)
+
+
 def test_the_places_of_images_are_those_of_their_tokens() -> None:
-    images = Images(torch.zeros(24, 12), torch.tensor([[1, 2, 4], [1, 4, 4]]))
-    prompt = Prompt("p", "image", (8, 4, 4, 9, 4, 4, 4, 4, 11), "", "exact", "", images)
-    sent = media.decode(wire.media_fields(prompt, TOKENS, VERSION)["image_data"][0])
+    media = Media(torch.zeros(24, 12), torch.tensor([[1, 2, 4], [1, 4, 4]]))
+    prompt = Prompt("p", "image", (8, 4, 4, 9, 4, 4, 4, 4, 11), "", "exact", "", media)
+    fields = wire.media_fields(prompt, TOKENS, VERSION)
+    assert fields.keys() == {"image_data"}
+    sent = pixels.decode(fields["image_data"][0])
     assert sent.offsets == ((1, 2), (4, 7))
-    assert sent.weights == VERSION
+    assert (sent.weights, sent.seconds) == (VERSION, ())
     assert wire.media_fields(PROMPT, TOKENS, VERSION) == {}
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_second", "ids", "offsets"),
+    [
+        (None, (8, 3, 3, 9, 3, 3, 4, 7, 3, 11), ((1, 2), (4, 5), (8, 8))),
+        (2.0, (8, 3, 3, 3, 3, 4, 7, 3, 11), ((1, 2), (3, 4), (7, 7))),
+    ],
+    ids=["frames apart", "one block"],
+)
+def test_videos_are_sent_with_the_places_of_their_frames(
+    tokens_per_second: float | None, ids: tuple[int, ...], offsets: tuple[tuple[int, int], ...]
+) -> None:
+    tokens = wire.Tokens(20, MediaTokens(4, 3, 2, tokens_per_second))
+    pixel_values = torch.arange(24.0)[:, None].expand(24, 12)
+    grids = torch.tensor([[2, 2, 4], [1, 2, 2], [1, 2, 2]])
+    media = Media(pixel_values, grids, videos=(0, 2), seconds=(1.0, 0.5))
+    fields = wire.media_fields(Prompt("p", "video", ids, "", "exact", "", media), tokens, VERSION)
+    image, video = (pixels.decode(fields[name][0]) for name in ("image_data", "video_data"))
+    assert image.pixel_values[:, 0].tolist() == [16, 17, 18, 19]
+    assert video.pixel_values[:, 0].tolist() == [*range(16), *range(20, 24)]
+    assert video.grid_thw.tolist() == [[2, 2, 4], [1, 2, 2]]
+    assert (video.offsets, video.seconds) == (offsets, (1.0, 0.5))
+    assert video.positions is None, "they come once"
+    assert image.positions is not None
+    assert torch.equal(image.positions, prompt_positions(ids, media, tokens.media))
 
 
 def test_scoring_begins_one_token_before_the_response() -> None:

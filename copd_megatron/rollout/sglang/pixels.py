@@ -1,4 +1,4 @@
-"""Images on their way to a server: as the Hugging Face processor made them, in a string, without loss.
+"""Images and videos on their way to a server: as the Hugging Face processor made them, in a string, without loss.
 
 Nothing is decoded, resized or normalised a second time, so a teacher cannot see other pixels than its student. Almost
 every value is one of 256 per colour (an 8-bit picture, normalised), so a byte and a table replace four bytes; anything
@@ -19,32 +19,41 @@ import numpy.typing as npt
 import torch
 
 SCHEME = "copd-patches:"
-"""How an item of a request's `image_data` begins that `decode` understands."""
+"""How an item of a request's `image_data` or `video_data` begins that `decode` understands."""
 
 _COLOURS = 3
 
 
 @dataclass(frozen=True)
 class Patches:
-    """All images of one prompt: `pixel_values` float32 [patches, 3 * temporal * size * size], `grid_thw` int64
-    [images, 3], the first and last place of each image's tokens in the prompt, and the name of the weights that are to
-    see them."""
+    """All images of one prompt, or all its videos.
+
+    `pixel_values` float32 [patches, 3 * temporal * size * size]; `grid_thw` int64 [items, 3]; `offsets` are the first
+    and last place of each image's tokens in the prompt, of a video's for each of its frames; `weights` names those that
+    are to see them. `seconds` says how long a frame of each video lasts, nothing of images. `positions` int64 [3, S]
+    are those of all the prompt's tokens, None where another item of the request brings them.
+    """
 
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
     offsets: tuple[tuple[int, int], ...]
     weights: str
+    seconds: tuple[float, ...] = ()
+    positions: torch.Tensor | None = None
 
 
-def encode(pixel_values: torch.Tensor, grid_thw: torch.Tensor, offsets: Sequence[tuple[int, int]], weights: str) -> str:
-    """The item for these `Patches`."""
-    values = np.ascontiguousarray(pixel_values.numpy())
+def encode(patches: Patches) -> str:
+    """The item for these patches."""
+    values = np.ascontiguousarray(patches.pixel_values.numpy())
     item: dict[str, Any] = {
         "shape": values.shape,
-        "grid_thw": grid_thw.tolist(),
-        "offsets": offsets,
-        "weights": weights,
+        "grid_thw": patches.grid_thw.tolist(),
+        "offsets": patches.offsets,
+        "weights": patches.weights,
+        "seconds": patches.seconds,
     }
+    if patches.positions is not None:
+        item["positions"] = _text(patches.positions.numpy().astype(np.int32))
     packed = _bytes_and_table(values)
     if packed is None:
         item["values"] = _text(values)
@@ -59,28 +68,40 @@ def decode(text: str) -> Patches:
     try:
         item = json.loads(text.removeprefix(SCHEME))
         rows, width = item["shape"]
-        grid_thw = torch.tensor(item["grid_thw"], dtype=torch.int64)
-        offsets = tuple((int(first), int(last)) for first, last in item["offsets"])
-        weights = str(item["weights"])
         if "codes" in item:
             codes = _array(item["codes"], np.uint8).reshape(rows, _COLOURS, width // _COLOURS)
             table = _array(item["table"], np.float32).reshape(_COLOURS, -1)
             values = table[np.arange(_COLOURS)[:, None], codes]
         else:
             values = _array(item["values"], np.float32).copy()
-        pixels = torch.from_numpy(np.ascontiguousarray(values.reshape(rows, width)))
+        positions = None
+        if "positions" in item:
+            positions = torch.from_numpy(_array(item["positions"], np.int32).reshape(3, -1).astype(np.int64))
+        patches = Patches(
+            pixel_values=torch.from_numpy(np.ascontiguousarray(values.reshape(rows, width))),
+            grid_thw=torch.tensor(item["grid_thw"], dtype=torch.int64),
+            offsets=tuple((int(first), int(last)) for first, last in item["offsets"]),
+            weights=str(item["weights"]),
+            seconds=tuple(float(seconds) for seconds in item["seconds"]),
+            positions=positions,
+        )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"a {SCHEME!r} item of image_data is damaged: {type(error).__name__}: {error}") from error
-    if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or int(grid_thw.prod(-1).sum()) != rows:
-        raise ValueError(f"a {SCHEME!r} item of image_data has {rows} patches, its grid_thw {grid_thw.tolist()}")
-    if len(offsets) != len(grid_thw):
-        raise ValueError(f"a {SCHEME!r} item of image_data has {len(grid_thw)} images at {len(offsets)} places")
-    return Patches(pixels, grid_thw, offsets, weights)
+        raise ValueError(f"a {SCHEME!r} item is damaged: {type(error).__name__}: {error}") from error
+    grid = patches.grid_thw
+    if grid.ndim != 2 or grid.shape[1] != 3 or int(grid.prod(-1).sum()) != rows:
+        raise ValueError(f"a {SCHEME!r} item has {rows} patches, its grid_thw {grid.tolist()}")
+    places = int(grid[:, 0].sum()) if patches.seconds else len(grid)
+    if len(patches.offsets) != places or len(patches.seconds) not in (0, len(grid)):
+        raise ValueError(
+            f"a {SCHEME!r} item has {len(grid)} images or videos at {len(patches.offsets)} places, expected {places}"
+        )
+    return patches
 
 
-def identity(pixel_values: torch.Tensor, weights: str) -> int:
-    """64 bits that stand for what `weights` see in an image: a server's cache of seen images is never emptied."""
-    digest = blake2b(weights.encode(), digest_size=8)
+def identity(pixel_values: torch.Tensor, grid_thw: torch.Tensor, seconds: Sequence[float], weights: str) -> int:
+    """64 bits that stand for what `weights` see in one image or video, and for its positions. A server keeps what it
+    has seen by them, and never forgets it: pixels alone would not tell 2 × 8 black patches from 4 × 4."""
+    digest = blake2b(f"{weights} {grid_thw.tolist()} {list(seconds)}".encode(), digest_size=8)
     digest.update(pixel_values.contiguous().numpy().data)
     return int.from_bytes(digest.digest())
 
