@@ -44,7 +44,7 @@ $(BENCH_READY): $(READY)
 	touch $@
 
 test: env compile-gate ## all fast tests, and the kernels' compile gate
-	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist loadfile
+	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist loadfile --durations=15
 
 compile-gate: env ## compile every kernel for sm_90 and sm_100; registers, shared memory and spills as in the table
 	$(BIN)/python -m copd_kernels.resources --jobs $(JOBS)

@@ -16,6 +16,10 @@ from servers import KEY, RunningServer
 from tiny_models import END, TEXT, build_folder
 
 from copd_megatron.errors import CopdError, DataError
+from copd_megatron.policy import layout
+from copd_megatron.policy.batching import Sample
+from copd_megatron.policy.optimizer import OptimizerSettings
+from copd_megatron.policy.trainer import Policy
 from copd_megatron.rollout.embedded import EmbeddedEngine
 from copd_megatron.rollout.engine import EngineLost
 from copd_megatron.rollout.sglang import background, wire
@@ -30,6 +34,8 @@ from copd_megatron.weights.hf import HfFolder
 
 GREEDY = Sampling(max_new_tokens=12, stop_token_ids=(END,), temperature=0.0)
 SAMPLED = replace(GREEDY, temperature=1.0, n=3)
+SAME = 1e-5
+"""Bound of |δ| where teacher and student have the same weights, in float32 (docs/sglang.md)."""
 VOCABULARY = int(TEXT["vocab_size"])
 
 
@@ -110,6 +116,25 @@ def test_scores_are_those_of_transformers(
         clear[:, 1:] &= clear[:, :-1].clone()
         assert clear.float().mean() > 0.9
         assert torch.equal(score.top_ids[clear], ids[:, :6][clear])
+
+
+def test_a_teacher_with_the_students_weights_has_nothing_to_teach(
+    engine: SGLangEngine, folder: Path, prompts: list[Prompt], videos: list[Prompt]
+) -> None:
+    """δ = log π_teacher − log π_student, the student being the trainer's policy whose weights were handed over, and
+    the sampling engine's log-probabilities beside both."""
+    layout.initialize(layout.Layout())
+    try:
+        policy = Policy(folder, layout.Layout(), OptimizerSettings(lr=1e-3), "fp32", 4096)
+        engine.update_weights(policy.named_weights(), version=engine.version + 1)
+        rollouts = engine.generate([*prompts, *videos], SAMPLED, seed=6)
+        scores = engine.score(rollouts, 0, 1.0)
+        student = policy.logprobs([Sample(rollout, source=0) for rollout in rollouts])
+    finally:
+        layout.shutdown()
+    for rollout, score, own in zip(rollouts, scores, student, strict=True):
+        assert float((score.logprobs - own).abs().max()) < SAME
+        assert float((rollout.logprobs - own).abs().max()) < SAME
 
 
 def test_every_token_can_be_scored_behind_an_image_and_a_video(
