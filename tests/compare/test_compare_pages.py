@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from comparisons import comparison, describe, make_up
+from comparisons import DESCRIPTION, comparison, describe, make_up
 from rich.console import Console
 
 from copd_megatron.compare.command import compare
 from copd_megatron.compare.results import gather
-from copd_megatron.errors import CopdError
+from copd_megatron.errors import ConfigError, CopdError
 
 SHARES = {"experts": 0.5, "mopd": 0.55, "copd": 0.7, "slow": 0.65}
 
@@ -81,3 +81,9 @@ def test_row_of_a_model_that_does_not_exist_is_named(tmp_path):
     make_up(found, "copd", 0, 0.7, 5)
     with pytest.raises(CopdError, match="'x' is to be 'texts branch', but it has base, text branch"):
         gather(found, {})
+
+
+def test_run_with_other_settings_is_not_taken_for_the_one_described(given, tmp_path):
+    common = {**DESCRIPTION["common"], "rl": {"group": 4}}
+    with pytest.raises(ConfigError, match=r"experts_seed0 was run with other settings .*rl\.group: 8 -> 4"):
+        compare(describe(tmp_path, common=common), [], Console(quiet=True), train=False)

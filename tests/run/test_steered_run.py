@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -82,3 +83,24 @@ def test_what_steers_may_not_change_on_the_way(tmp_path):
     assert mathematical_changes(plain, other) == ["log.probe_every: 1 -> 2"]
     fixed = {**plain, "rhythm": {**plain["rhythm"], "kind": "fixed"}}
     assert mathematical_changes(fixed, {**other, "rhythm": fixed["rhythm"]}) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_all_ranks_of_all_gangs_switch_together(tmp_path, base):
+    branches = [
+        {**TINY["branches"][0], "parallel": {"world": 2}},
+        {**TINY["branches"][1], "parallel": {"world": 2, "tp": 2}},
+    ]
+    run = steered(tmp_path, base, branches=branches)
+    status, output = run.finish()
+    assert status == 0, output
+    found = {name: [(line["step"], line["reason"]) for line in switches(run, name)] for name in ("text", "image")}
+    assert found["text"] == found["image"]
+    assert found["text"][-1] == (10, "the run is over")
+    for name in ("text", "image"):
+        states = sorted((run.run / "branches" / name / "checkpoints").glob("step_*/state.json"))
+        ranks = json.loads(states[-1].read_text())["ranks"]
+        assert len(ranks) == 2
+        assert ranks[0]["rhythm"] == ranks[1]["rhythm"]
+        assert ranks[0]["rhythm"]["ends"][-1] == 10
