@@ -160,8 +160,7 @@ def _watch(
     running = set(gangs)
     asked = False
     while running:
-        for name, line in supervision.statuses().items():
-            progress.update(name, BranchStatus.from_json(line))
+        _show(supervision, progress)
         for name in sorted(running):
             status = gangs[name].poll()
             if status is None:
@@ -182,8 +181,14 @@ def _watch(
         if stop.insisted:
             return
         time.sleep(_POLL_SECONDS)
+    _show(supervision, progress)
+
+
+def _show(supervision: Supervision, progress: Progress) -> None:
     for name, line in supervision.statuses().items():
         progress.update(name, BranchStatus.from_json(line))
+    for name, event in supervision.events():
+        progress.event(name, event)
 
 
 def _explain(endings: dict[str, str], gangs: dict[str, Gang], step: int) -> str:

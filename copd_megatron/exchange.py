@@ -17,6 +17,7 @@ from copd_megatron.errors import PeerLost
 # Seconds between two looks at the store: short at first, because branches in lockstep arrive together.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 _STOP = "stop"
+_EVENTS = "events"
 
 
 def serve(host: str = "127.0.0.1") -> TCPStore:
@@ -86,16 +87,25 @@ class Exchange:
         self._check_peers()
         return False
 
+    @property
+    def decides(self) -> bool:
+        """Whether this is the branch that decides for all: the first by name."""
+        return all(self.me < peer for peer in self.peers)
+
+    def announce(self, text: str) -> None:
+        """Let the conductor know of an event of the whole run; unlike a status none is ever passed over."""
+        self._store.set(f"event/{self._store.add(_EVENTS, 1)}", f"{self.me}/{text}")
+
     def agree(self, point: str, word: str, decide: Callable[[dict[str, str]], str]) -> str:
         """The one decision that all branches take at `point`, from the `word` of each.
 
-        The first branch by name decides and says it; the others hear it, so that no difference between machines can
-        make them differ. Raises PeerLost if a branch is gone or takes too long.
+        One branch decides (`decides`) and says it; the others hear it, so that no difference between machines can make
+        them differ. Raises PeerLost if a branch is gone or takes too long.
         """
         names = sorted([self.me, *self.peers])
         self._store.set(f"word/{point}/{self.me}", word)
         key = f"decided/{point}/{names[0]}"
-        if self.me == names[0]:
+        if self.decides:
             words = [f"word/{point}/{name}" for name in names]
             self._await(words, f"give its word on {point!r}")
             heard = {name: self._store.get(said).decode() for name, said in zip(names, words, strict=True)}
@@ -202,6 +212,7 @@ class Supervision:
         self._store = store
         self._branches = branches
         self._told = 0
+        self._heard = 0
 
     def statuses(self) -> dict[str, str]:
         """The newest status line of each branch that has sent one."""
@@ -219,6 +230,15 @@ class Supervision:
         """Addresses of servers that branches have reported since the last call as hung."""
         told, self._told = self._told, self._store.add("hung", 0)
         return [self._store.get(f"hung/{number}").decode() for number in range(told + 1, self._told + 1)]
+
+    def events(self) -> list[tuple[str, str]]:
+        """(branch, text) of everything announced since the last call, in order."""
+        found = []
+        while self._store.check([key := f"event/{self._heard + 1}"]):
+            branch, _, text = self._store.get(key).decode().partition("/")
+            found.append((branch, text))
+            self._heard += 1
+        return found
 
     def lost(self, branch: str, reason: str) -> None:
         """Tell the others that a branch is gone."""

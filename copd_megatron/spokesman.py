@@ -74,7 +74,8 @@ class Spokesman:
         self._metrics.write(
             switch.version, switch.cycle, "switch", ended=switch.phase, reason=switch.reason, **switch.numbers
         )
-        self.say(event=event)
+        if self._exchange.decides:
+            self._exchange.announce(event)
 
     def window(self, point: str | None, step: int, wait_seconds: float) -> Window:
         """The window of work that asks engines, which ends at `point`."""

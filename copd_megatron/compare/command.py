@@ -9,7 +9,7 @@ from rich.console import Console
 
 from copd_megatron.compare.pages import write_pages
 from copd_megatron.compare.results import gather
-from copd_megatron.compare.runs import do_missing, is_done, require
+from copd_megatron.compare.runs import check_descriptions, do_missing, is_done
 from copd_megatron.compare.settings import Comparison
 from copd_megatron.config import load_config
 from copd_megatron.errors import CopdError, Interrupted
@@ -20,6 +20,7 @@ def compare(
 ) -> None:
     """Raises CopdError, after the table is written, if a run has failed or rows are not at the same budget."""
     comparison = load_config(config, overrides, Comparison)
+    check_descriptions(comparison)
     stopped: Interrupted | None = None
     reasons: dict[tuple[str, int], str] = {}
     if train:
@@ -27,9 +28,8 @@ def compare(
             reasons = do_missing(comparison, console, only)
         except Interrupted as error:
             stopped = error
-    if stopped is not None and not _any_done(comparison):
-        raise stopped
-    require(comparison)
+    if not any(is_done(comparison.run_dir(arm.name, seed)) for arm in comparison.arms for seed in comparison.seeds):
+        raise stopped or CopdError(f"{comparison.out}: no run of this comparison has a result; see the logs in runs/")
     rows = gather(comparison, reasons)
     files = write_pages(comparison, rows)
     console.print(f"comparison: {files['html']}, {files['md']}, {files['json']}")
@@ -39,7 +39,3 @@ def compare(
     wrong += [f"not at equal budget: {row.budget}" for row in rows if row.budget]
     if wrong:
         raise CopdError("the comparison is not whole:\n  " + "\n  ".join(wrong))
-
-
-def _any_done(comparison: Comparison) -> bool:
-    return any(is_done(comparison.run_dir(arm.name, seed)) for arm in comparison.arms for seed in comparison.seeds)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from copd_megatron.compare.plots import draw_drift, draw_forgetting, draw_rows, draw_sweep
+from copd_megatron.compare.plots import draw_absorption, draw_drift, draw_forgetting, draw_rows, draw_sweep
 from copd_megatron.compare.results import RowResult
 from copd_megatron.compare.runs import is_done
 from copd_megatron.compare.settings import Comparison
@@ -34,6 +34,7 @@ def write_pages(comparison: Comparison, rows: Sequence[RowResult]) -> dict[str, 
             "accuracy": ("Accuracy of every method", draw_rows(rows, comparison.reference)),
             "drift": ("Drift between branches over training; bands are the range over seeds", draw_drift(records)),
             "sweep": ("Rhythm sweep", draw_sweep(rows)),
+            "absorption": ("What Phase II gains, by the overlap at its start", draw_absorption(records)),
             "forgetting": ("Distance to the base and what was forgotten", draw_forgetting(records)),
         }
         images = {name: plots.keep(name, figure) for name, (_, figure) in figures.items()}
@@ -42,7 +43,7 @@ def write_pages(comparison: Comparison, rows: Sequence[RowResult]) -> dict[str, 
         Section("cost", "What each model has cost", COST_NOTE, table=cost),
         *(
             Section(name, figures[name][0], image=images[name], missing="no run of this comparison shows it")
-            for name in ("drift", "sweep", "forgetting")
+            for name in ("drift", "sweep", "absorption", "forgetting")
         ),
     ]
     files = {kind: out / f"compare.{kind}" for kind in ("json", "md", "html")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import correlation, fmean
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -122,6 +122,53 @@ def draw_forgetting(arms: Sequence[tuple[str, Sequence[RunRecord]]]) -> Figure |
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     legend_above(figure, [axis])
     return figure
+
+
+def draw_absorption(arms: Sequence[tuple[str, Sequence[RunRecord]]]) -> Figure | None:
+    """What a Phase II gained on a teacher's held-out problems against the overlap at its start, a point per edge; None
+    with fewer than three points. The title has Pearson's r over all of them."""
+    figure, (axis,) = panels(1, 1, 4.2)
+    every: list[tuple[float, float]] = []
+    for number, (name, records) in enumerate(arms):
+        points = [point for record in records for point in absorption(record)]
+        every += points
+        if points:
+            xs, ys = zip(*points, strict=True)
+            marker = MARKERS[number % len(MARKERS)]
+            axis.plot(xs, ys, marker, color=colour(number), label=literal(name), linestyle="none", alpha=0.8)
+    if len(every) < 3:
+        return None
+    r = _correlation(every)
+    axis.set_title(f"{len(every)} Phases II of single edges" + ("" if r is None else f", r = {r:+.2f}"))
+    axis.axhline(0, color="#888888", linewidth=0.8)
+    axis.set_xlabel("overlap of student and teacher at the start of Phase II")
+    axis.set_ylabel("gained on the teacher's held-out problems\n(points of reward per 10 updates)")
+    legend_above(figure, [axis])
+    return figure
+
+
+def absorption(record: RunRecord) -> list[tuple[float, float]]:
+    """(overlap at the start, points of held-out reward gained per 10 updates) of every edge and finished Phase II."""
+    points = []
+    for student, teacher in record.edges("overlap"):
+        overlap, reward = (
+            dict(zip(series.steps, series.values, strict=True))
+            for series in (
+                record.series(student, f"overlap/{teacher}", PROBE),
+                record.series(student, f"heldout/{teacher}", PROBE),
+            )
+        )
+        for period in record.finished_periods():
+            if period.phase == "exchange" and {period.start, period.end} <= reward.keys() and period.start in overlap:
+                rise = 1000 * (reward[period.end] - reward[period.start]) / (period.end - period.start)
+                points.append((overlap[period.start], rise))
+    return [point for point in points if all(map(math.isfinite, point))]
+
+
+def _correlation(points: Sequence[tuple[float, float]]) -> float | None:
+    """Pearson's r; None where one side does not vary."""
+    xs, ys = zip(*points, strict=True)
+    return correlation(xs, ys) if len(set(xs)) > 1 and len(set(ys)) > 1 else None
 
 
 def _by_step(records: Sequence[RunRecord], metric: str) -> dict[int, list[float]]:

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from copd_megatron.compare.settings import Arm, Comparison
 from copd_megatron.config import save_config
-from copd_megatron.errors import ConfigError, CopdError, Interrupted
-from copd_megatron.run_folder import RunFolder
+from copd_megatron.errors import ConfigError, Interrupted
+from copd_megatron.run_folder import RunFolder, mathematical_changes
 from copd_megatron.run_lock import die_with_parent
 
 
@@ -25,18 +25,31 @@ def is_done(run_dir: Path) -> bool:
     return folder.summary.exists() and folder.outcomes.exists()
 
 
+def check_descriptions(comparison: Comparison) -> None:
+    """Raise ConfigError if an arm is no valid run, or if what is there was run with other settings."""
+    for arm in comparison.arms:
+        for seed in comparison.seeds:
+            config = comparison.run(arm, seed)
+            folder = RunFolder(config.run_dir)
+            if not folder.config_file.exists():
+                continue
+            old, new = folder.config().model_dump(mode="json"), config.model_dump(mode="json")
+            if changed := mathematical_changes(old, new):
+                raise ConfigError(
+                    f"{folder.path} was run with other settings (its value -> the one given): {'; '.join(changed)}. "
+                    "Remove it to run it again, or give another `out`"
+                )
+
+
 def do_missing(comparison: Comparison, console: Console, only: tuple[str, ...] = ()) -> dict[tuple[str, int], str]:
     """Do what is missing of the arms `only` (none: all); why an (arm, seed) has no result, for those that have none.
 
     A run that fails does not end the comparison; it is tried again the next time. Raises Interrupted when the user
-    stops a run, ConfigError for an arm that does not exist or whose description is wrong, before anything is run.
+    stops a run, ConfigError for an arm that does not exist.
     """
     names = [arm.name for arm in comparison.arms]
     if unknown := [name for name in only if name not in names]:
         raise ConfigError(f"--only {', '.join(unknown)}: no such arm; there are {', '.join(names)}")
-    for arm in comparison.arms:
-        for seed in comparison.seeds:
-            comparison.run(arm, seed)
     reasons: dict[tuple[str, int], str] = {}
     for seed in comparison.seeds:
         for arm in comparison.arms:
@@ -100,12 +113,3 @@ def _last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     # The command's reason may go on over several lines, the first of which says most.
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")[:300]
-
-
-def require(comparison: Comparison) -> None:
-    """Raise CopdError unless there is at least one result."""
-    arms = [(arm.name, seed) for arm in comparison.arms for seed in comparison.seeds]
-    if not any(is_done(comparison.run_dir(name, seed)) for name, seed in arms):
-        raise CopdError(
-            f"{comparison.out}: no run of this comparison has a result; see the logs in {comparison.out}/runs"
-        )

@@ -18,7 +18,12 @@ DESCRIPTION = {
     "reference": "CoPD",
     "seeds": [0, 1],
     "replicates": 200,
-    "common": {"base": "bases/seed_{seed}", "branches": BRANCHES, "rhythm": {"cycles": 1}, "log": {"overlap_k": 5}},
+    "common": {
+        "base": "bases/seed_{seed}",
+        "branches": BRANCHES,
+        "rhythm": {"cycles": 1, "exchange_steps": 5},
+        "log": {"overlap_k": 5},
+    },
     "arms": [
         {
             "name": "experts",
@@ -76,10 +81,13 @@ def make_up(comparison: Comparison, arm_name: str, seed: int, accuracy: float, u
     folder.evaluation.write_text(json.dumps(evaluation))
     for name in branches:
         peer = {"text": "image", "image": "text"}.get(name)
-        lines = [{"branch": name, "cycle": 0, "phase": "explore", "step": step, "count/rollouts": 8,
-                  "count/rollout_tokens": 40, "time/step": 1.0} for step in range(1, updates + 1)]  # fmt: skip
+        exchange = config.rhythm.exchange_steps and 5
+        lines = [{"branch": name, "cycle": 0, "phase": "explore" if step <= updates - exchange else "exchange",
+                  "step": step, "count/rollouts": 8, "count/rollout_tokens": 40, "time/step": 1.0}
+                 for step in range(1, updates + 1)]  # fmt: skip
         lines += [{"branch": name, "cycle": 0, "phase": "probe", "step": step, "kl_to_base": step / 100,
-                   **({f"overlap/{peer}": 1 - step / 50, f"symkl/{peer}": step / 20} if peer else {})}
+                   **({f"overlap/{peer}": 1 - step / 50, f"symkl/{peer}": step / 20,
+                       f"heldout/{peer}": step / 100} if peer else {})}
                   for step in range(0, updates + 1, 5)]  # fmt: skip
         file = folder.branch(name) / "metrics.jsonl"
         file.parent.mkdir(parents=True)

@@ -58,7 +58,7 @@ def start(file: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_stopped_comparison_goes_on_with_what_is_missing(tmp_path):
     build(tmp_path / "base", seed=0)
     out = tmp_path / "out"

@@ -3,12 +3,14 @@
 import json
 
 import pytest
-from comparisons import comparison, describe, make_up
+from comparisons import DESCRIPTION, comparison, describe, make_up
 from rich.console import Console
 
 from copd_megatron.compare.command import compare
+from copd_megatron.compare.plots import absorption
 from copd_megatron.compare.results import gather
-from copd_megatron.errors import CopdError
+from copd_megatron.errors import ConfigError, CopdError
+from copd_megatron.observe.record import read_run
 
 SHARES = {"experts": 0.5, "mopd": 0.55, "copd": 0.7, "slow": 0.65}
 
@@ -48,11 +50,23 @@ def test_pages_have_every_row_and_every_plot(given, tmp_path):
     for text in ("MOPD", "CoPD 2 : 1", "seed 1 not run: not run", "SYNTHETIC convention", "fewer than three seeds"):
         assert text in page
         assert text in html
-    assert sorted(path.stem for path in (out / "plots").iterdir()) == ["accuracy", "drift", "forgetting", "sweep"]
+    assert sorted(path.stem for path in (out / "plots").iterdir()) == [
+        "absorption",
+        "accuracy",
+        "drift",
+        "forgetting",
+        "sweep",
+    ]
     content = json.loads((out / "compare.json").read_text())
     row = next(row for row in content["rows"] if row["label"] == "MOPD")
     assert row["missing"] == {"1": "not run"}
     assert 0 < row["accuracy"]["versus"]["overall"]["p"] <= 1
+
+
+def test_absorption_is_read_from_the_probes_at_both_ends_of_phase_two(given):
+    record = read_run(given.run_dir("copd", 0))
+    assert absorption(record) == [(pytest.approx(0.8), pytest.approx(10.0))] * 2, "5 updates, +0.05, from step 10"
+    assert absorption(read_run(given.run_dir("experts", 0))) == []
 
 
 def test_row_that_was_never_run_says_so(given, tmp_path):
@@ -81,3 +95,9 @@ def test_row_of_a_model_that_does_not_exist_is_named(tmp_path):
     make_up(found, "copd", 0, 0.7, 5)
     with pytest.raises(CopdError, match="'x' is to be 'texts branch', but it has base, text branch"):
         gather(found, {})
+
+
+def test_run_with_other_settings_is_not_taken_for_the_one_described(given, tmp_path):
+    common = {**DESCRIPTION["common"], "rl": {"group": 4}}
+    with pytest.raises(ConfigError, match=r"experts_seed0 was run with other settings .*rl\.group: 8 -> 4"):
+        compare(describe(tmp_path, common=common), [], Console(quiet=True), train=False)

@@ -65,6 +65,20 @@ def test_one_branch_decides_for_all_from_what_each_has_said(conductor):
     assert heard == [{"text": "0.8", "image": "0.9"}], "decided once"
 
 
+def test_every_announcement_is_heard_once_and_in_order(conductor):
+    supervision = Supervision(conductor, NAMES)
+    text, image = branch(conductor, "text"), branch(conductor, "image")
+    assert [text.decides, image.decides] == [False, True]
+    text.announce("Phase I ended: 0.8/0.9")
+    image.announce("Phase II ended")
+    text.announce("Phase I ended")
+    heard = [("text", "Phase I ended: 0.8/0.9"), ("image", "Phase II ended"), ("text", "Phase I ended")]
+    assert supervision.events() == heard
+    assert supervision.events() == []
+    text.announce("the end")
+    assert supervision.events() == [("text", "the end")]
+
+
 def test_decision_does_not_wait_for_a_lost_peer(conductor):
     supervision = Supervision(conductor, NAMES)
     threading.Timer(0.3, lambda: supervision.lost("image", "killed by signal 9")).start()

@@ -17,7 +17,7 @@ from copd_megatron.data.mini.model import build
 METHODS = Path(__file__).parents[2] / "configs" / "mini" / "methods"
 FILES = sorted(file.stem for file in METHODS.glob("*.yaml"))
 STEPS = {"cycles": 1, "explore_steps": 2, "exchange_steps": 2}
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def tiny(folder: Path, base: Path, name: str, experts: Path | None = None, **changes) -> Command:
@@ -37,7 +37,7 @@ def tiny(folder: Path, base: Path, name: str, experts: Path | None = None, **cha
 def experts(tmp_path_factory, base) -> Path:
     """Both experts, trained once."""
     run = tiny(tmp_path_factory.mktemp("experts"), base, "experts")
-    status, output = run.finish()
+    status, output = run.finish(timeout=600)
     assert status == 0, output
     return run.run
 
@@ -64,7 +64,7 @@ def test_method_runs_and_accounts_for_itself(tmp_path, base, experts, name):
     branches, evaluated, updates, depth = EXPECTED[name]
     distils = name in ("static_opd", "mopd")
     run = tiny(tmp_path, base, name, experts if distils else None)
-    status, output = run.finish()
+    status, output = run.finish(timeout=600)
     assert status == 0, output
     assert sorted(path.name for path in (run.run / "branches").iterdir()) == sorted(branches)
     assert models(run) == ["base", *evaluated]
@@ -91,7 +91,7 @@ def test_killed_distillation_goes_on_to_the_same_bits(tmp_path, base):
     for seed, name in ((1, "text"), (2, "image")):
         build(experts / "branches" / name / "final", seed=seed)
     whole = tiny(tmp_path / "whole", base, "static_opd", experts)
-    assert whole.finish()[0] == 0
+    assert whole.finish(timeout=600)[0] == 0
     start = next(line for line in whole.lines("text") if line["phase"] == "probe")
     assert start["kl_to_base"] > 0.001, "it starts from its expert, another model than the base"
     assert start["overlap/image"] < 0.99, "and its teacher is a third one"
@@ -100,8 +100,8 @@ def test_killed_distillation_goes_on_to_the_same_bits(tmp_path, base):
     process = killed.start()
     killed.wait_for(process, "text", lambda lines: any(line["step"] == 1 for line in lines))
     killed.rank("text").send_signal(signal.SIGKILL)
-    assert killed.finish(process)[0] == 1
-    status, output = killed.finish()
+    assert killed.finish(process, timeout=600)[0] == 1
+    status, output = killed.finish(timeout=600)
     assert status == 0, output
     assert killed.weights() == whole.weights()
     assert comparable(killed.lines("text")) == comparable(whole.lines("text"))
