@@ -21,6 +21,8 @@ from copd_megatron.errors import Interrupted
 from copd_megatron.observe.timeline import Activity
 from copd_megatron.policy import layout
 from copd_megatron.policy.batching import NATIVE, Sample
+from copd_megatron.policy.packed import MicroBatch
+from copd_megatron.policy.resident import ResidentTeachers
 from copd_megatron.policy.schedule import Loss, Measure, over_replicas
 from copd_megatron.policy.trainer import Policy
 from copd_megatron.probe import Probe
@@ -54,6 +56,7 @@ class Branch:
         probe: Probe | None,
         spokesman: Spokesman | None,
         checkpointer: Checkpointer,
+        residents: ResidentTeachers | None,
     ) -> None:
         self.config = config
         self.own = name
@@ -67,6 +70,8 @@ class Branch:
         self._spokesman = spokesman
         self._checkpointer = checkpointer
         self._snapshots = Snapshots(folder.snapshots)
+        self._residents = residents
+        self._resident = config.teacher.where == "resident" and bool(config.edges)
         self._step = Step(0, 0, "explore", 0, 1)
         self._teacher_version: int | None = None
         self._published: int | None = None
@@ -116,7 +121,7 @@ class Branch:
             return graded
 
     def meet_teachers(self) -> None:
-        """Bring every teacher's engine to the version this step needs: the student's own, or the phase's first."""
+        """Bring every teacher to the version this step needs: the student's own, or the phase's first."""
         live = self.config.teacher.refresh == "step"
         wanted = self.version if live else self.version - self._step.index
         self._teacher_version = wanted
@@ -124,19 +129,23 @@ class Branch:
             self._publish()
             self._meet(f"version/{wanted}")
             self._forget({wanted})
-        self._load_teachers(wanted)
+        if not self._resident:  # resident teachers read what they need when they are asked
+            self._load_teachers(wanted)
 
     def lessons(self, prompts: int) -> dict[str, list[Rollout]]:
         """For every teacher, G rollouts for each of `prompts` prompts of its capability (over all data-parallel ranks),
-        with the log-probabilities that it gives their tokens; empty lists where there is no actor."""
-        point = f"taught/{self._step.number}"
-        with self._span("score"):
+        with the log-probabilities that its engine gives their tokens; empty lists where there is no actor."""
+        # Other branches' engines are not asked where teachers are resident, so there is nothing to end together.
+        point = None if self._resident else f"taught/{self._step.number}"
+        with self._span("rollout" if self._resident else "score"):
             if self._actor is None:
                 return self._ask(lambda: {teacher: [] for teacher in self.teachers}, point)
             assert self._teacher_version is not None
-            share = prompts // layout.data_parallel_size()
+            share, step = prompts // layout.data_parallel_size(), self._step.number
             tasks = {
-                name: self._actor.lesson_task(teacher, share, self._step.number, self._teacher_version)
+                name: self._actor.sampling_task(name, share, step)
+                if self._resident
+                else self._actor.lesson_task(teacher, share, step, self._teacher_version)
                 for name, teacher in self._actor.teachers.items()
             }
             finished: dict[str, list[Rollout]] = {}
@@ -150,7 +159,7 @@ class Branch:
             return self._ask(work, point)
 
     def update(self, native: Sequence[Rollout], cross: Mapping[str, Sequence[Rollout]] | None = None) -> None:
-        """One optimizer step from the branch's own graded rollouts and those that its teachers have scored."""
+        """One optimizer step from the branch's own graded rollouts and those that its teachers score or have scored."""
         group = self.config.rl.group
         prompts = self.config.rl.prompts if self._step.phase == "explore" else self.config.native_prompts
         counts = {NATIVE: prompts * group}
@@ -172,7 +181,8 @@ class Branch:
             )
         self._engines.sleep()
         with self._span("train"):
-            trained = self._policy.update(layout.broadcast_in_replica(samples), self._loss, counts)
+            teach = None if self._residents is None or cross is None else self._teach
+            trained = self._policy.update(layout.broadcast_in_replica(samples), self._loss, counts, teach=teach)
         self._engines.wake()
         self._remember_streams()
         self._hand_over()
@@ -220,8 +230,15 @@ class Branch:
                 self._checkpointer.wait()
             raise
 
+    def _teach(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        assert self._residents is not None
+        assert self._teacher_version is not None
+        with self._span("score"):
+            return self._residents.teach(batches, self._teacher_version)
+
     def _publish(self) -> None:
-        if self._engines.shared or self._published == self.version:  # peers ask the engine itself
+        asked = self._engines.shared and not self._resident  # peers ask the engine itself
+        if asked or self._published == self.version:
             return
         with self._span("sync"):
             weights = dict(self._policy.named_weights())

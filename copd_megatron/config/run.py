@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
+from copd_kernels.arguments import MAX_K
 from copd_megatron.config.branches import BranchConfig, DataConfig, Edge
 from copd_megatron.config.engines import RolloutConfig
 from copd_megatron.config.section import Section
@@ -21,8 +22,11 @@ from copd_megatron.config.training import (
     TeacherConfig,
 )
 from copd_megatron.errors import ConfigError
+from copd_megatron.objectives.settings import FullLoss
 from copd_megatron.policy.optimizer import OptimizerSettings
 from copd_megatron.topology import PRESETS, edges_of
+
+FULL_LOSSES = get_args(FullLoss)
 
 
 class RunConfig(Section):
@@ -54,7 +58,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     """Sampling."""
     teacher: TeacherConfig = TeacherConfig()
-    """How current teachers are."""
+    """Where teachers are, and how current."""
     merge: MergeConfig = MergeConfig()
     """The final merge."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -81,6 +85,16 @@ class RunConfig(Section):
             self.merge.recipe(names, self.seed)
         except ConfigError as error:
             raise ValueError(f"merge: {error}") from error
+        if self.teacher.where == "resident" and self.opd.top_k > MAX_K:
+            raise ValueError(
+                f"opd.top_k = {self.opd.top_k}: a resident teacher gives at most {MAX_K} tokens; lower it, or take "
+                "opd.loss = full_reverse, full_forward or full_jsd for the whole vocabulary"
+            )
+        if self.teacher.where == "engine" and self.opd.loss in FULL_LOSSES:
+            raise ValueError(
+                f"opd.loss = {self.opd.loss} needs the teacher's logits over the whole vocabulary, which no engine "
+                "gives: set teacher.where = resident, or take a loss on the teacher's top-k"
+            )
         if self.rollout.engine == "sglang":
             self._servers(names)
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
@@ -116,10 +130,10 @@ class RunConfig(Section):
             raise ValueError(f"rollout.sglang.urls: {', '.join(unknown)} is none of {', '.join(wanted)}")
         if "base" in names:
             raise ValueError("branches: with rollout.engine = sglang no branch can be called 'base'")
-        if self.teacher.refresh != "step":
+        if self.teacher.refresh != "step" and self.teacher.where == "engine":
             raise ValueError(
-                "teacher.refresh = phase needs engines that keep old weights; SGLang servers have the newest: "
-                "use refresh = step, or the embedded engine"
+                "teacher.refresh = phase needs teachers that keep old weights; SGLang servers have the newest: "
+                "use refresh = step, the embedded engine, or teacher.where = resident"
             )
 
     @property

@@ -6,7 +6,8 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -17,6 +18,7 @@ from copd_megatron.policy.batching import Packed, Sample, by_prompt, pack
 from copd_megatron.policy.fp8 import NO_FP8, Fp8Choice
 from copd_megatron.policy.layout import Layout, data_parallel_rank, data_parallel_size
 from copd_megatron.policy.optimizer import OptimizerSettings, learning_rate
+from copd_megatron.policy.packed import MicroBatch
 from copd_megatron.policy.schedule import (
     Loss,
     Measure,
@@ -92,13 +94,14 @@ class Policy:
         loss: Loss,
         sequences: Mapping[int, int] | None = None,
         old_logprobs: Sequence[torch.Tensor] | None = None,
+        teach: Callable[[Sequence[MicroBatch]], list[MicroBatch]] | None = None,
     ) -> dict[str, float]:
         """One optimizer step on `samples`; `version` then is one higher.
 
         `sequences` is the number of sequences per source, over all replicas, that the mean is taken over; it may count
         some that are not among `samples` because they have no gradient. Default: those in `samples`. A replica may
         have no samples at all. `old_logprobs` are those of `logprobs` before the first of several updates on the same
-        samples.
+        samples. Where teachers are resident, `teach` gives the micro-batches their lessons, and samples need no scores.
 
         Samples move between replicas so that all have about the same to compute. The gradient is that of the sum of
         `loss` over all micro-batches of all replicas, however they are divided. If that sum or the gradient's norm is
@@ -113,7 +116,9 @@ class Policy:
         """
         counts = self._counts(samples, sequences)
         samples, old_logprobs = self._balanced(samples, old_logprobs)
-        packed = self._pack(samples, counts, old_logprobs)
+        packed = self._pack(samples, counts, old_logprobs, by_source=teach is not None)
+        if teach is not None:
+            packed = replace(packed, microbatches=teach(packed.microbatches))
         rate = self._set_learning_rate()
         self._zero_gradients()
         total_loss, totals = train_pass(self.chunks, packed.microbatches, loss)
@@ -215,9 +220,10 @@ class Policy:
         samples: Sequence[Sample],
         counts: Mapping[int, int],
         old_logprobs: Sequence[torch.Tensor] | None = None,
+        by_source: bool = False,
     ) -> Packed:
         image_token = None if self._vision is None else self._vision.image_token_id
-        return pack(samples, self._max_tokens, counts, self.positions, image_token, old_logprobs)
+        return pack(samples, self._max_tokens, counts, self.positions, image_token, old_logprobs, by_source)
 
     def _set_learning_rate(self) -> float:
         rate = learning_rate(self.settings, self.version)
