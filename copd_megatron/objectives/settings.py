@@ -11,7 +11,7 @@ TokenLoss = Literal["sampled", "topk_reverse", "topk_forward", "jsd"]
 FullLoss = Literal["full_reverse", "full_forward", "full_jsd"]
 """Losses over the whole vocabulary, which need the teacher's logits."""
 
-OpdLoss = TokenLoss | FullLoss
+OpdLoss = Literal[TokenLoss, FullLoss]
 
 
 @dataclass(frozen=True)

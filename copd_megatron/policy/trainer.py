@@ -14,7 +14,7 @@ import torch
 from copd_megatron.errors import DataError, TrainingDiverged
 from copd_megatron.policy import platform
 from copd_megatron.policy.balance import Cost, rebalance
-from copd_megatron.policy.batching import Packed, Sample, by_prompt, pack
+from copd_megatron.policy.batching import NATIVE, Packed, Sample, by_prompt, pack
 from copd_megatron.policy.fp8 import NO_FP8, Fp8Choice
 from copd_megatron.policy.layout import Layout, data_parallel_rank, data_parallel_size
 from copd_megatron.policy.optimizer import OptimizerSettings, learning_rate
@@ -115,7 +115,7 @@ class Policy:
         Raises TrainingDiverged when `max_skipped` updates in a row had to be skipped.
         """
         counts = self._counts(samples, sequences)
-        samples, old_logprobs = self._balanced(samples, old_logprobs)
+        samples, old_logprobs = self._balanced(samples, old_logprobs, taught=teach is not None)
         packed = self._pack(samples, counts, old_logprobs, by_source=teach is not None)
         if teach is not None:
             packed = replace(packed, microbatches=teach(packed.microbatches))
@@ -198,7 +198,7 @@ class Policy:
         return counts
 
     def _balanced(
-        self, samples: Sequence[Sample], old_logprobs: Sequence[torch.Tensor] | None
+        self, samples: Sequence[Sample], old_logprobs: Sequence[torch.Tensor] | None, taught: bool
     ) -> tuple[Sequence[Sample], Sequence[torch.Tensor] | None]:
         """This replica's share of all replicas' samples, by what they cost; a prompt's samples stay together."""
         if data_parallel_size() == 1:
@@ -209,6 +209,8 @@ class Policy:
         ]
         costs = [
             self._cost.group(group[0][0].rollout.prompt, [len(sample.rollout.token_ids) for sample, _ in group])
+            # A resident teacher's forward pass is a third of the student's forward and backward.
+            * (4 / 3 if taught and group[0][0].source != NATIVE else 1)
             for group in groups
         ]
         mine = [pair for group in rebalance(groups, costs, data_parallel_rank(), over_replicas) for pair in group]

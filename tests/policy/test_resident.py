@@ -23,7 +23,12 @@ from copd_megatron.policy.batching import NATIVE, Sample
 from copd_megatron.policy.layout import Layout
 from copd_megatron.rollout.embedded import EmbeddedEngine
 
-TOP_K, TEMPERATURE, VERSION = 8, 0.8, 3
+TEMPERATURE, VERSION = 0.8, 3
+EVERYTHING = 64
+"""Top-k of the updates: the whole vocabulary, so that losses on it are those on top-k and tail."""
+LIKE = {"sampled": "sampled", "topk_forward": "topk_forward", "full_forward": "topk_forward"}
+"""Losses of resident teachers, and what is the same with an engine."""
+
 NAMES = ("one", "other")
 LAYOUTS = {
     "tensor": Layout(world=2, tp=2, sequence_parallel=True),
@@ -57,13 +62,13 @@ def samples_of(root: Path) -> list[Sample]:
     return found
 
 
-def scored(root: Path, samples: Sequence[Sample]) -> list[Sample]:
+def scored(root: Path, samples: Sequence[Sample], top_k: int) -> list[Sample]:
     """The samples as the teachers' engines score them."""
     result = list(samples)
     for index, name in enumerate(NAMES):
         engine = EmbeddedEngine(name, root / name)
         own = [number for number, sample in enumerate(samples) if sample.source == index]
-        scores = engine.score([samples[number].rollout for number in own], TOP_K, TEMPERATURE)
+        scores = engine.score([samples[number].rollout for number in own], top_k, TEMPERATURE)
         for number, score in zip(own, scores, strict=True):
             result[number] = replace(result[number], rollout=replace(result[number].rollout, teacher=score))
     return result
@@ -83,12 +88,12 @@ class Weights(dict[str, torch.Tensor]):
         super().__init__(load_file(folder / "model.safetensors"))
 
 
-def new_residents(root: Path, layout: Layout, asked: list[tuple[str, int]], whole: bool = False):
+def new_residents(root: Path, layout: Layout, asked: list[tuple[str, int]], top_k: int, whole: bool = False):
     from copd_megatron.policy.qwen3_vl import build_model
     from copd_megatron.policy.resident import ResidentTeachers
 
     model = build_model(root / "student", layout, "fp32")
-    return ResidentTeachers(model, NAMES, partial(published, root, asked), TOP_K, TEMPERATURE, whole)
+    return ResidentTeachers(model, NAMES, partial(published, root, asked), top_k, TEMPERATURE, whole)
 
 
 def settings(loss: str) -> LossSettings:
@@ -97,23 +102,24 @@ def settings(loss: str) -> LossSettings:
 
 def update(root: Path, layout: Layout, loss: str, resident: bool) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Statistics and gradients of one update; the layout has been initialised. Replicas have unequal parts."""
-    policy = new_policy(root / "student", layout, max_tokens=60, clip_grad=0, lr=0.0)
+    policy = new_policy(root / "student", layout, max_tokens=60, clip_grad=0)
     samples = samples_of(root)
     mine = samples if layout.dp == 1 else (samples[:6], samples[6:])[layouts.data_parallel_rank()]
     teach = None
     if resident:
-        teach = partial(new_residents(root, layout, [], whole=loss.startswith("full")).teach, version=VERSION)
+        residents = new_residents(root, layout, [], EVERYTHING, whole=loss.startswith("full"))
+        teach = partial(residents.teach, version=VERSION)
     else:
-        mine = scored(root, mine)
+        mine = scored(root, mine, EVERYTHING)
     metrics = policy.update(mine, partial(branch_loss, settings=settings(loss)), teach=teach)
     return metrics, gradients(policy)
 
 
-def updates_in_gang(root: Path, out: Path, name: str, losses: Sequence[str]) -> Mapping[str, dict[str, float]]:
+def updates_in_gang(root: Path, out: Path, name: str) -> Mapping[str, dict[str, float]]:
     layouts.initialize(LAYOUTS[name])
     try:
         results = {}
-        for loss in losses:
+        for loss in LIKE:
             results[loss], gradient = update(root, LAYOUTS[name], loss, resident=True)
             if torch.distributed.get_rank() == 0:
                 save_file(gradient, out / f"{loss}.gradients")
@@ -127,7 +133,7 @@ def by_engine(root: Path) -> dict[str, tuple[dict[str, float], dict[str, torch.T
     """What a single process makes of the engines' scores."""
     layouts.initialize(Layout())
     try:
-        return {loss: update(root, Layout(), loss, resident=False) for loss in ("sampled", "topk_forward")}
+        return {loss: update(root, Layout(), loss, resident=False) for loss in set(LIKE.values())}
     finally:
         layouts.shutdown()
 
@@ -141,11 +147,11 @@ def test_a_resident_teacher_says_what_its_engine_says(root: Path) -> None:
     layouts.initialize(Layout())
     try:
         asked: list[tuple[str, int]] = []
-        policy, residents = new_policy(root / "student", max_tokens=60), new_residents(root, Layout(), asked)
+        policy, residents = new_policy(root / "student", max_tokens=60), new_residents(root, Layout(), asked, 8)
         samples = samples_of(root)
         packed = policy._pack(samples, {NATIVE: 1, 0: 1, 1: 1}, by_source=True)
         taught = residents.teach(packed.microbatches, VERSION)
-        expected = scored(root, samples)
+        expected = scored(root, samples, 8)
         seen = dict.fromkeys((NATIVE, 0, 1), 0)
         for batch, order in zip(taught, packed.order, strict=True):
             source = int(batch.signals.source[0])
@@ -171,7 +177,7 @@ def test_weights_are_read_once_per_version_and_never_of_another_one(root: Path) 
     layouts.initialize(Layout())
     try:
         asked: list[tuple[str, int]] = []
-        residents = new_residents(root, Layout(), asked)
+        residents = new_residents(root, Layout(), asked, 8)
         residents._names = ("one",)
         residents.teach([], VERSION)
         residents.teach([], VERSION)
@@ -182,14 +188,14 @@ def test_weights_are_read_once_per_version_and_never_of_another_one(root: Path) 
         layouts.shutdown()
 
 
-@pytest.mark.parametrize("loss", ["sampled", "topk_forward"])
+@pytest.mark.parametrize("loss", LIKE)
 def test_an_update_with_resident_teachers_is_that_with_their_engines(root: Path, by_engine, loss: str) -> None:
     layouts.initialize(Layout())
     try:
         metrics, gradient = update(root, Layout(), loss, resident=True)
     finally:
         layouts.shutdown()
-    expected, expected_gradient = by_engine[loss]
+    expected, expected_gradient = by_engine[LIKE[loss]]
     assert expected["opd/kl"] > 0.01
     same(metrics, expected)
     assert worst_difference(gradient, expected_gradient) < 1e-3
@@ -198,9 +204,8 @@ def test_an_update_with_resident_teachers_is_that_with_their_engines(root: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_divided_teacher_says_the_same(root: Path, by_engine, tmp_path: Path, name: str) -> None:
-    losses = ("sampled", "topk_forward")
-    for results in gang.run(2, updates_in_gang, root, tmp_path, name, losses):
-        for loss in losses:
-            same(results[loss], by_engine[loss][0])
-    for loss in losses:
-        assert worst_difference(load_file(tmp_path / f"{loss}.gradients"), by_engine[loss][1]) < 1e-3
+    for results in gang.run(2, updates_in_gang, root, tmp_path, name):
+        for loss, like in LIKE.items():
+            same(results[loss], by_engine[like][0])
+    for loss, like in LIKE.items():
+        assert worst_difference(load_file(tmp_path / f"{loss}.gradients"), by_engine[like][1]) < 1e-3
