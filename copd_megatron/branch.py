@@ -21,6 +21,8 @@ from copd_megatron.errors import Interrupted
 from copd_megatron.observe.timeline import Activity
 from copd_megatron.policy import layout
 from copd_megatron.policy.batching import NATIVE, Sample
+from copd_megatron.policy.packed import MicroBatch
+from copd_megatron.policy.resident import ResidentTeachers
 from copd_megatron.policy.schedule import Loss, Measure, over_replicas
 from copd_megatron.policy.trainer import Policy
 from copd_megatron.probe import Findings, Probe
@@ -59,6 +61,7 @@ class Branch:
         checkpointer: Checkpointer,
         frozen: SGLangEngine | None,
         rhythm: FixedRhythm | SteeredRhythm,
+        residents: ResidentTeachers | None,
     ) -> None:
         self.config = config
         self.rhythm = rhythm
@@ -73,6 +76,8 @@ class Branch:
         self._spokesman = spokesman
         self._checkpointer = checkpointer
         self._snapshots = Snapshots(folder.snapshots)
+        self._residents = residents
+        self._resident = config.teacher.where == "resident" and bool(config.edges)
         self._step = Step(0, 0, "explore", 0, 1)
         self._teacher_version: int | None = None
         self._failures: Counter[str] = Counter()
@@ -126,30 +131,34 @@ class Branch:
             return graded
 
     def meet_teachers(self) -> None:
-        """Bring every teacher's engine to the version this step needs: the student's own, or the phase's first."""
+        """Bring every teacher to the version this step needs: the student's own, or the phase's first."""
         live = self.config.teacher.refresh == "step"
         wanted = self.version if live else self.version - self._step.index
         if live or self._teacher_version != wanted:  # or this process has not seen the phase's beginning
             self._teacher_version = wanted
-            if wanted == self.version and not (live and self._engines.shared):
+            asked = self._engines.shared and live and not self._resident  # the engine itself, which has the weights
+            if wanted == self.version and not asked:
                 self._publish()
             if not live:
                 self._freeze(wanted)
             self._meet_peers(f"version/{wanted}", wanted)
-        if self._actor is not None:
+        if self._actor is not None and not self._resident:  # resident teachers read what they need when they are asked
             self._load_teachers(self._actor.teachers, wanted)
 
     def lessons(self, prompts: int) -> dict[str, list[Rollout]]:
         """For every teacher, G rollouts for each of `prompts` prompts of its capability (over all data-parallel ranks),
-        with the log-probabilities that it gives their tokens; empty lists where there is no actor."""
-        point = f"taught/{self._step.number}"
-        with self._span("score"):
+        with the log-probabilities that its engine gives their tokens; empty lists where there is no actor."""
+        # Other branches' engines are not asked where teachers are resident, so there is nothing to end together.
+        point = None if self._resident else f"taught/{self._step.number}"
+        with self._span("rollout" if self._resident else "score"):
             if self._actor is None:
                 return self._ask(lambda: {teacher: [] for teacher in self.teachers}, point)
             assert self._teacher_version is not None
-            share = prompts // layout.data_parallel_size()
+            share, step = prompts // layout.data_parallel_size(), self._step.number
             tasks = {
-                name: self._actor.lesson_task(teacher, share, self._step.number, self._teacher_version)
+                name: self._actor.sampling_task(name, share, step)
+                if self._resident
+                else self._actor.lesson_task(teacher, share, step, self._teacher_version)
                 for name, teacher in self._actor.teachers.items()
             }
             finished: dict[str, list[Rollout]] = {}
@@ -163,7 +172,7 @@ class Branch:
             return self._ask(work, point)
 
     def update(self, native: Sequence[Rollout], cross: Mapping[str, Sequence[Rollout]] | None = None) -> None:
-        """One optimizer step from the branch's own graded rollouts and those that its teachers have scored."""
+        """One optimizer step from the branch's own graded rollouts and those that its teachers score or have scored."""
         group = self.config.rl.group
         prompts = self.config.rl.prompts if self._step.phase == "explore" else self.config.native_prompts
         counts = {NATIVE: prompts * group}
@@ -185,7 +194,8 @@ class Branch:
             )
         self._engines.sleep()
         with self._span("train"):
-            trained = self._policy.update(layout.broadcast_in_replica(samples), self._loss, counts)
+            teach = None if self._residents is None or cross is None else self._teach
+            trained = self._policy.update(layout.broadcast_in_replica(samples), self._loss, counts, teach=teach)
         self._engines.wake()
         self._remember_streams()
         self._hand_over()
@@ -234,6 +244,12 @@ class Branch:
                 self._save()
                 self._checkpointer.wait()
             raise
+
+    def _teach(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        assert self._residents is not None
+        assert self._teacher_version is not None
+        with self._span("score"):
+            return self._residents.teach(batches, self._teacher_version)
 
     def _publish(self) -> None:
         with self._span("sync"):

@@ -20,10 +20,13 @@ from copd_megatron.data.stream import PromptStream
 from copd_megatron.errors import DataError, WeightsError
 from copd_megatron.exchange import Exchange
 from copd_megatron.objectives.branch_loss import branch_loss
+from copd_megatron.objectives.distill import FULL_LOSSES
 from copd_megatron.objectives.drift import drift_stats
 from copd_megatron.objectives.settings import LossSettings
 from copd_megatron.open_engines import OpenEngines
 from copd_megatron.policy import checkpoint, layout
+from copd_megatron.policy.qwen3_vl import build_model
+from copd_megatron.policy.resident import ResidentTeachers
 from copd_megatron.policy.trainer import Policy
 from copd_megatron.probe import Probe, probe_sampling
 from copd_megatron.resume import State, own_streams
@@ -31,6 +34,7 @@ from copd_megatron.rewards.pool import RewardPool
 from copd_megatron.rollout.types import Prompt, Sampling
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
+from copd_megatron.snapshots import Snapshots
 from copd_megatron.spokesman import Spokesman
 from copd_megatron.steering.steered import SteeredRhythm
 
@@ -78,6 +82,7 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
     rhythm = config.rhythm.open()
     if saved is not None and isinstance(rhythm, SteeredRhythm):
         rhythm.load_state_dict(saved[0]["rhythm"])  # the same on every rank
+    residents = _residents(config, folder, name) if config.teacher.where == "resident" and losses.teachers else None
     return Branch(
         config,
         name,
@@ -91,6 +96,21 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
         Checkpointer(config, name, folder, policy, spokesman, resume),
         frozen,
         rhythm,
+        residents,
+    )
+
+
+def _residents(config: RunConfig, folder: RunFolder, name: str) -> ResidentTeachers:
+    """A model like the policy's, for the teachers of branch `name`."""
+    precision = config.precision
+    degrees = config.branch(name).parallel.layout()
+    return ResidentTeachers(
+        build_model(config.base, degrees, precision.params, fp8=precision.fp8_choice()),
+        [teacher for student, teacher in config.edges if student == name],
+        Snapshots(folder.snapshots).open,
+        config.opd.top_k,
+        config.rollout.temperature,
+        whole_vocabulary=config.opd.loss in FULL_LOSSES,
     )
 
 

@@ -20,6 +20,7 @@ FREE = (
     "rollout.engine",
     "rollout.max_rows",
     "rollout.sglang",
+    "teacher.where",
     "teacher.wait_seconds",
 )
 """What a continued run may change, beside its branches' `parallel`: where and how it computes, not what."""

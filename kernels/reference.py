@@ -176,17 +176,24 @@ def partition_kl(
     teacher_top_logprobs: torch.Tensor,
     kind: Divergence,
     jsd_beta: float = 0.5,
+    teacher_tail: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`divergence` over K outcomes and one bucket for all others; [T, K] log-probabilities at the same ids → [T].
 
     It is a divergence of two whole distributions, so up to `TAIL_FLOOR` it is never negative, zero only where they
     agree on every bucket, and never above the divergence over the whole vocabulary, which it equals when the K outcomes
     are all there are. Without the bucket this does not hold (docs/method.md, pitfalls 2, 3 and 4). `student_tail` [T]
-    is the log-probability of the student's bucket, summed from the logits; the teacher's is 1 − Σ.
+    is the log-probability of the student's bucket, summed from the logits; so is `teacher_tail` [T] if given, else the
+    teacher's is 1 − Σ.
     """
-    tail = floor_tail(widen(student_tail))
-    student = torch.cat([widen(student_top_logprobs), tail[..., None]], dim=-1)
-    return divergence(student, with_tail(widen(teacher_top_logprobs)), kind, jsd_beta)
+    student = _with_known_tail(student_top_logprobs, student_tail)
+    if teacher_tail is None:
+        return divergence(student, with_tail(widen(teacher_top_logprobs)), kind, jsd_beta)
+    return divergence(student, _with_known_tail(teacher_top_logprobs, teacher_tail), kind, jsd_beta)
+
+
+def _with_known_tail(top_logprobs: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
+    return torch.cat([widen(top_logprobs), floor_tail(widen(tail))[..., None]], dim=-1)
 
 
 def topk_kl(

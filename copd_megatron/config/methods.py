@@ -81,5 +81,9 @@ def _check_distilling(config: RunConfig) -> None:
             f"rhythm: method {config.method} distils from finished experts and has no Phase I; set kind: fixed and "
             "explore_steps: 0 (a cycle is then an epoch of exchange_steps updates)"
         )
+    if config.teacher.where != "engine":
+        raise ValueError(
+            f"teacher.where = {config.teacher.where}: finished experts teach from engines; set it to engine"
+        )
     if config.rollout.engine != "embedded":
         raise ValueError(f"rollout.engine = {config.rollout.engine}: frozen teachers need the embedded engine")

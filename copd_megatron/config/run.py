@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from pydantic import Field, model_validator
 
+from copd_kernels.arguments import MAX_K
 from copd_megatron.config import methods
 from copd_megatron.config.branches import BranchConfig, DataConfig, Topology
 from copd_megatron.config.engines import BASE, RolloutConfig, frozen_group
@@ -20,8 +23,11 @@ from copd_megatron.config.training import (
     TeacherConfig,
 )
 from copd_megatron.errors import ConfigError
+from copd_megatron.objectives.settings import FullLoss
 from copd_megatron.policy.optimizer import OptimizerSettings
 from copd_megatron.topology import PRESETS, edges_of
+
+FULL_LOSSES = get_args(FullLoss)
 
 
 class RunConfig(Section):
@@ -60,7 +66,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     """Sampling."""
     teacher: TeacherConfig = TeacherConfig()
-    """How current teachers are."""
+    """Where teachers are, and how current."""
     merge: MergeConfig = MergeConfig()
     """The final merge."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -90,6 +96,7 @@ class RunConfig(Section):
                 self.merge.recipe(names, self.seed)
             except ConfigError as error:
                 raise ValueError(f"merge: {error}") from error
+        self._teachers()
         if self.rollout.engine == "sglang":
             self._servers(names)
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
@@ -112,6 +119,18 @@ class RunConfig(Section):
                         f"branch {branch.name}"
                     )
         return self
+
+    def _teachers(self) -> None:
+        if self.teacher.where == "resident" and self.opd.top_k > MAX_K:
+            raise ValueError(
+                f"opd.top_k = {self.opd.top_k}: a resident teacher gives at most {MAX_K} tokens; lower it, or take "
+                "opd.loss = full_reverse, full_forward or full_jsd for the whole vocabulary"
+            )
+        if self.teacher.where == "engine" and self.opd.loss in FULL_LOSSES:
+            raise ValueError(
+                f"opd.loss = {self.opd.loss} needs the teacher's logits over the whole vocabulary, which no engine "
+                "gives: set teacher.where = resident, or take a loss on the teacher's top-k"
+            )
 
     def _servers(self, names: list[str]) -> None:
         urls = self.rollout.sglang.urls
@@ -150,7 +169,8 @@ class RunConfig(Section):
     @property
     def server_groups(self) -> tuple[str, ...]:
         """What each group of SGLang servers is called: a branch, a teacher that a phase keeps as it was, the base."""
-        teachers = {teacher for _, teacher in self.edges} if self.teacher.refresh == "phase" else set()
+        keeps = self.teacher.refresh == "phase" and self.teacher.where == "engine"
+        teachers = {teacher for _, teacher in self.edges} if keeps else set()
         return (
             *(branch.name for branch in self.trained),
             *(frozen_group(branch.name) for branch in self.trained if branch.name in teachers),

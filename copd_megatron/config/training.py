@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from copd_megatron.config.section import Section
 from copd_megatron.errors import ConfigError
+from copd_megatron.objectives.settings import OpdLoss
 from copd_megatron.policy.fp8 import Fp8, Fp8Choice
 from copd_megatron.weights.merge.recipe import MethodName, Recipe
 
@@ -42,11 +43,12 @@ class RLConfig(Section):
 class OPDConfig(Section):
     """Mutual on-policy distillation, the second half of every Phase II update."""
 
-    loss: Literal["sampled", "topk_reverse", "topk_forward", "jsd"] = "sampled"
+    loss: OpdLoss = "sampled"
     """`sampled` (the paper): policy gradient on β(log π_teacher − log π_student) of the sampled token;
-    `topk_reverse`, `topk_forward`, `jsd`: a divergence on the teacher's top-k and a tail bucket, as a loss."""
+    `topk_reverse`, `topk_forward`, `jsd`: a divergence on the teacher's top-k and a tail bucket, as a loss;
+    `full_reverse`, `full_forward`, `full_jsd`: over the whole vocabulary (teacher.where = resident)."""
     jsd_beta: float = Field(0.5, ge=0, le=1)
-    """Mixture of `jsd`: 0 is forward KL, 1 is reverse KL."""
+    """Mixture of `jsd` and `full_jsd`: 0 is forward KL, 1 is reverse KL."""
     beta: float = Field(1.0, gt=0)
     """Weight of the teacher's term (β)."""
     top_k: int = Field(64, ge=1)
@@ -60,8 +62,11 @@ class OPDConfig(Section):
 
 
 class TeacherConfig(Section):
-    """How current the teachers are."""
+    """Where the teachers are, and how current."""
 
+    where: Literal["engine", "resident"] = "engine"
+    """`engine`: the peer's rollout engine scores the student's rollouts; `resident`: the student's trainer does, with a
+    second model that holds the peer's published weights (docs/method.md, "Resident teachers")."""
     refresh: Literal["step", "phase"] = "step"
     """`step`: the teacher has made exactly as many updates as the student; `phase`: it stays as it was when
     Phase II began."""

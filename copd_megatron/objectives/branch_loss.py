@@ -1,6 +1,6 @@
 """The loss of one branch's update: GRPO on its own capability and distillation from its teachers, added together.
 
-    loss = Σ_r weight_r · (native: w_r · surrogate(Â = group advantage) | teacher: OPD_LOSSES[opd_loss], times β)
+    loss = Σ_r weight_r · (native: w_r · surrogate(Â = group advantage) | teacher: the loss called opd_loss, times β)
 
 over response tokens r, where w_r corrects for the sampling engine. In Phase I every token is native; in Phase II both
 kinds come in one update; a student without own data has only the second (docs/method.md, "Algorithm").
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from copd_kernels.reference import partition_kl
+from copd_megatron.objectives.buckets import buckets_of, is_scored, teacher_ids
 from copd_megatron.objectives.correction import importance_weights, mismatch_kl, sampled_kl
-from copd_megatron.objectives.distill import OPD_LOSSES, CrossTokens
-from copd_megatron.objectives.drift import pair_stats, scored_rows, teacher_top
+from copd_megatron.objectives.distill import FULL_LOSSES, OPD_LOSSES, CrossTokens, full_vocabulary
+from copd_megatron.objectives.drift import pair_stats
 from copd_megatron.objectives.grpo import clipped_surrogate
 from copd_megatron.objectives.settings import LossSettings
 from copd_megatron.objectives.token_stats import token_stats
@@ -52,19 +52,16 @@ def branch_loss(
     Raises ValueError if scored rows lack what `settings.opd_loss` or `settings.overlap_k` needs.
     """
     native = ((signals.source < 0) & (signals.weight != 0)).nonzero()[:, 0]
-    cross = scored_rows(signals)
-    top_ids, teacher_top_logprobs = teacher_top(signals)
+    cross = is_scored(signals).nonzero()[:, 0]
+    top_ids = teacher_ids(signals)
     student = token_stats(logits, targets, settings.temperature, top_ids, vocabulary)
     old = student.logprob.detach() if signals.old_logprobs is None else signals.old_logprobs
     importance, corrected = importance_weights(
         old, signals.engine_logprobs, settings.importance_cap, settings.two_sided_mask
     )
-
     surrogate, clipped = clipped_surrogate(
         student.logprob[native], old[native], signals.advantage[native], settings.clip_low, settings.clip_high
     )
-    loss = (signals.weight[native] * importance[native] * surrogate).sum()
-
     if cross.numel() and signals.teacher_logprobs is None:
         raise ValueError(f"{cross.numel()} tokens belong to a teacher, but the batch has no teacher_logprobs")
     tokens = CrossTokens(
@@ -72,13 +69,8 @@ def branch_loss(
         old_logprobs=old[cross],
         importance=importance[cross],
         teacher_logprobs=old[cross] if signals.teacher_logprobs is None else signals.teacher_logprobs[cross],
-        top_logprobs=student.top_logprobs[cross],
-        tail=student.tail[cross],
-        teacher_top_logprobs=teacher_top_logprobs[cross],
+        buckets=buckets_of(student, signals, cross),
     )
-    if cross.numel():
-        loss = loss + (signals.weight[cross] * OPD_LOSSES[settings.opd_loss](tokens, settings)).sum()
-
     counted = torch.cat([native, cross])
     stats = {
         "entropy": total(student.entropy[counted]),
@@ -88,24 +80,33 @@ def branch_loss(
         "rl/clipped": total(clipped),
         **_teacher_stats(tokens),
         **pair_stats(
-            logits.detach(),
-            cross,
-            top_ids[cross],
-            tokens.top_logprobs.detach(),
-            tokens.tail.detach(),
-            tokens.teacher_top_logprobs,
-            signals.source[cross],
-            settings,
-            vocabulary,
+            logits.detach(), cross, top_ids[cross], tokens.buckets, signals.source[cross], settings, vocabulary
         ),
     }
-    return loss, stats
+    parts = []
+    if native.numel() or not cross.numel():  # where all tokens are a teacher's, no gradient goes this way
+        parts.append((signals.weight[native] * importance[native] * surrogate).sum())
+    if cross.numel() and settings.opd_loss in FULL_LOSSES:
+        parts.append(_full_loss(logits, signals, vocabulary, settings, alone=not parts))
+    elif cross.numel():
+        parts.append((signals.weight[cross] * OPD_LOSSES[settings.opd_loss](tokens, settings)).sum())
+    return sum(parts[1:], parts[0]), stats
+
+
+def _full_loss(
+    logits: torch.Tensor, signals: Signals, vocabulary: Vocabulary | None, settings: LossSettings, alone: bool
+) -> torch.Tensor:
+    """The teachers' part of the loss over the whole vocabulary; `alone` if nothing else has a gradient."""
+    if signals.teacher_logits is None:
+        raise ValueError(
+            f"opd.loss {settings.opd_loss} needs the teacher's logits, which only a resident one has: "
+            "set teacher.where to resident"
+        )
+    weights = signals.weight.masked_fill(signals.source < 0, 0.0)
+    return full_vocabulary(logits, signals.teacher_logits(), weights, vocabulary, settings, overwrite=alone)
 
 
 @torch.no_grad()
 def _teacher_stats(tokens: CrossTokens) -> Stats:
-    if tokens.top_logprobs.shape[-1]:
-        kl = partition_kl(tokens.top_logprobs, tokens.tail, tokens.teacher_top_logprobs, "reverse")
-    else:
-        kl = sampled_kl(tokens.old_logprobs, tokens.teacher_logprobs)
+    kl = tokens.buckets.kl("reverse") if tokens.buckets.k else sampled_kl(tokens.old_logprobs, tokens.teacher_logprobs)
     return {"opd/delta": total(tokens.teacher_logprobs - tokens.old_logprobs), "opd/kl": total(kl)}

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from copd_kernels.reference import partition_kl
+from copd_megatron.objectives.buckets import Buckets, buckets_of, is_scored, teacher_ids
 from copd_megatron.objectives.correction import sampled_kl
 from copd_megatron.objectives.settings import LossSettings
-from copd_megatron.objectives.token_stats import overlap
+from copd_megatron.objectives.token_stats import overlap, token_stats
 from copd_megatron.objectives.totals import Stats, total, totals_by
-from copd_megatron.objectives.vocabulary import Vocabulary, partition_at
+from copd_megatron.objectives.vocabulary import Vocabulary
 from copd_megatron.policy.packed import Signals
 
 LOW_SUPPORT = -5.0
@@ -22,44 +22,24 @@ SQUARES = "_square"
 """`overlap_square/t` and so on are the same with each token's value squared, for its variance."""
 
 
-def scored_rows(signals: Signals) -> torch.Tensor:
-    """Indices int64 of the rows that a teacher has scored; rows of weight 0 take part in nothing."""
-    return _is_scored(signals).nonzero()[:, 0]
-
-
-def teacher_top(signals: Signals) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teachers' ids int64 [R, K] and log-probabilities [R, K]; K = 0 if they were not asked.
-
-    Rows that no teacher has scored hold id 0, which every vocabulary has.
-    """
-    ids, logprobs = signals.teacher_top_ids, signals.teacher_top_logprobs
-    if ids is None or logprobs is None:
-        nothing = signals.source.new_zeros(len(signals.source), 0)
-        return nothing, nothing.float()
-    return torch.where(_is_scored(signals)[:, None], ids, 0), logprobs
-
-
+@torch.no_grad()
 def pair_stats(
     logits: torch.Tensor,
     rows: torch.Tensor,
     top_ids: torch.Tensor,
-    student_top: torch.Tensor,
-    student_tail: torch.Tensor,
-    teacher_top: torch.Tensor,
+    buckets: Buckets,
     teacher: torch.Tensor,
     settings: LossSettings,
     vocabulary: Vocabulary | None = None,
 ) -> Stats:
     """`overlap/t`, `symkl/t` and `kl_forward/t` (see `drift_stats`) for each teacher index t.
 
-    Of `logits` [R, Vp] the `rows` int64 [N], the teachers' `top_ids` [N, K], the log-probabilities [N, K] of both sides
-    at them and the student's of all other tokens, `student_tail` [N]; `teacher` int64 [N] says whose they are.
-    Everything is (0, 0) if K = 0.
+    Of `logits` [R, Vp] the `rows` int64 [N], the teachers' `top_ids` [N, K], and what both sides think of those;
+    `teacher` int64 [N] says whose they are. Everything is (0, 0) if K = 0.
     """
-    if top_ids.shape[-1] == 0:
+    if buckets.k == 0:
         return _nothing(settings, logits.device)
-    values = _pair_values(logits, rows, top_ids, student_top, student_tail, teacher_top, settings, vocabulary)
-    return _by_teacher(values, teacher, settings)
+    return _by_teacher(_pair_values(logits, rows, top_ids, buckets, settings, vocabulary), teacher, settings)
 
 
 @torch.no_grad()
@@ -82,23 +62,14 @@ def drift_stats(
 
     Raises ValueError if a teacher has scored tokens but its top-k is missing or shorter than `overlap_k`.
     """
-    rows = scored_rows(signals)
+    rows = is_scored(signals).nonzero()[:, 0]
     if rows.numel() == 0:
         return _nothing(settings, logits.device, squares=True)
-    top_ids, teacher_logprobs = teacher_top(signals)
+    top_ids = teacher_ids(signals)
     if top_ids.shape[-1] == 0:
         raise ValueError("drift needs the teacher's top-k at every scored token, and the teacher was not asked for it")
-    student = partition_at(logits, top_ids, settings.temperature, vocabulary, entropy=False)
-    values = _pair_values(
-        logits,
-        rows,
-        top_ids[rows],
-        student.logprobs[rows],
-        student.tail[rows],
-        teacher_logprobs[rows],
-        settings,
-        vocabulary,
-    )
+    student = token_stats(logits, targets, settings.temperature, top_ids, vocabulary, entropy=False)
+    values = _pair_values(logits, rows, top_ids[rows], buckets_of(student, signals, rows), settings, vocabulary)
     values |= {name + SQUARES: numbers.double().square() for name, numbers in values.items()}
     return _by_teacher(values, signals.source[rows], settings)
 
@@ -135,16 +106,13 @@ def _pair_values(
     logits: torch.Tensor,
     rows: torch.Tensor,
     top_ids: torch.Tensor,
-    student_top: torch.Tensor,
-    student_tail: torch.Tensor,
-    teacher_top: torch.Tensor,
+    buckets: Buckets,
     settings: LossSettings,
     vocabulary: Vocabulary | None,
 ) -> dict[str, torch.Tensor]:
     """The values [N] of `PAIR_STATS`; arguments as for `pair_stats`."""
     overlaps = overlap(logits, top_ids, settings.overlap_k, vocabulary, rows)
-    reverse = partition_kl(student_top, student_tail, teacher_top, "reverse")
-    forward = partition_kl(student_top, student_tail, teacher_top, "forward")
+    reverse, forward = buckets.kl("reverse"), buckets.kl("forward")
     return dict(zip(PAIR_STATS, (overlaps, reverse + forward, forward), strict=True))
 
 
@@ -161,10 +129,6 @@ def _nothing(settings: LossSettings, device: torch.device, squares: bool = False
     none = torch.zeros(2, dtype=torch.float64, device=device)
     names = [*PAIR_STATS, *(name + SQUARES for name in PAIR_STATS if squares)]
     return {f"{name}/{index}": none for name in names for index in range(settings.teachers)}
-
-
-def _is_scored(signals: Signals) -> torch.Tensor:
-    return (signals.source >= 0) & (signals.weight != 0)
 
 
 def _same_tokens(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-OpdLoss = Literal["sampled", "topk_reverse", "topk_forward", "jsd"]
+TokenLoss = Literal["sampled", "topk_reverse", "topk_forward", "jsd"]
+"""Losses that need a teacher's log-probabilities of the sampled token, and of its top-k."""
+
+FullLoss = Literal["full_reverse", "full_forward", "full_jsd"]
+"""Losses over the whole vocabulary, which need the teacher's logits."""
+
+OpdLoss = Literal[TokenLoss, FullLoss]
 
 
 @dataclass(frozen=True)
@@ -13,8 +19,9 @@ class LossSettings:
     """Settings of `branch_loss` and `drift_stats`; the defaults are those of docs/method.md.
 
     `temperature` is the rollouts' own: the student's logits are divided by it, teachers have done so already.
-    `clip_low`, `clip_high` are ε_low and ε_high of the clipped surrogate. `opd_loss` names a function of
-    `distill.OPD_LOSSES`, `beta` is its weight, `delta_clip` bounds |δ| of `sampled`, `jsd_beta` mixes `jsd`.
+    `clip_low`, `clip_high` are ε_low and ε_high of the clipped surrogate. `opd_loss` is one of `distill.OPD_LOSSES` or
+    `distill.FULL_LOSSES`, `beta` its weight, `delta_clip` bounds |δ| of `sampled`, `jsd_beta` mixes `jsd` and
+    `full_jsd`.
     `overlap_k` is k of overlap@k. `importance_cap` and `two_sided_mask` correct for the engine's log-probabilities
     differing from the trainer's; None leaves either out. `teachers` is the number of teachers of this branch.
     """

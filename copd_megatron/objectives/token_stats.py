@@ -34,14 +34,17 @@ def token_stats(
     temperature: float,
     top_ids: torch.Tensor | None = None,
     vocabulary: Vocabulary | None = None,
+    *,
+    entropy: bool = True,
 ) -> TokenStats:
     """Statistics of `logits` [R, Vp] at `targets` int64 [R] and, if given, at `top_ids` int64 [R, K].
 
+    Without `entropy` that may be any numbers.
     Raises ValueError unless `temperature` > 0.
     """
     top_ids = targets.new_empty(len(targets), 0) if top_ids is None else top_ids
     wanted = torch.cat([targets[:, None], top_ids], dim=-1)
-    found = partition_at(logits, wanted, temperature, vocabulary, tail=top_ids.shape[1] > 0)
+    found = partition_at(logits, wanted, temperature, vocabulary, tail=top_ids.shape[1] > 0, entropy=entropy)
     logprob, top_logprobs = found.logprobs[:, 0], found.logprobs[:, 1:]
     # The target is listed too; unless it is one of the ids, it belongs to their tail.
     tail = torch.logaddexp(found.tail, reference.floor_never(logprob))

@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -65,6 +66,7 @@ def pack(
     positions: Callable[[Prompt], torch.Tensor],
     media_token_ids: Sequence[int],
     old_logprobs: Sequence[torch.Tensor] | None = None,
+    by_source: bool = False,
 ) -> Packed:
     """Pack `samples` into micro-batches of at most `max_tokens` tokens.
 
@@ -72,18 +74,20 @@ def pack(
     1 / (len_i · counts[source_i]), so that the weighted sum over every token of every rank is the mean over sequences
     of the mean over their tokens. `positions` computes the position ids int64 [3, S] of a prompt's tokens; a response
     goes on from the largest of them. `media_token_ids` are the tokens that stand for patches; none where no prompt has
-    media. `old_logprobs`, float32 [R_i] per sample, fill `Signals.old_logprobs`.
+    media. `old_logprobs`, float32 [R_i] per sample, fill `Signals.old_logprobs`. With `by_source` the samples of a
+    micro-batch are all of one source, and need no scores: a resident teacher will give them.
 
     Raises ConfigError for a sequence longer than `max_tokens`, ValueError for samples that contradict themselves.
     """
-    _check(samples, counts)
-    groups = [group for members in by_prompt(samples) for group in _cut(members, samples, max_tokens)]
-    bins = _spread([group.tokens for group in groups], max_tokens)
+    _check(samples, counts, scored=not by_source)
     order, microbatches = [], []
-    for members in bins:
-        chosen = [groups[index] for index in members]
-        order.append([index for group in chosen for index in group.samples])
-        microbatches.append(_build(chosen, samples, counts, positions, media_token_ids, old_logprobs))
+    for part in _sources(samples) if by_source else [range(len(samples))]:
+        alike = by_prompt([samples[index] for index in part])
+        groups = [group for members in alike for group in _cut([part[index] for index in members], samples, max_tokens)]
+        for bin_ in _spread([group.tokens for group in groups], max_tokens):
+            chosen = [groups[index] for index in bin_]
+            order.append([index for group in chosen for index in group.samples])
+            microbatches.append(_build(chosen, samples, counts, positions, media_token_ids, old_logprobs))
     return Packed(
         microbatches=microbatches,
         order=order,
@@ -94,7 +98,13 @@ def pack(
     )
 
 
-def _check(samples: Sequence[Sample], counts: Mapping[int, int]) -> None:
+def _sources(samples: Sequence[Sample]) -> list[list[int]]:
+    """Indices of the samples of each source, in the order of the sources."""
+    sources = sorted({sample.source for sample in samples})
+    return [[index for index, sample in enumerate(samples) if sample.source == source] for source in sources]
+
+
+def _check(samples: Sequence[Sample], counts: Mapping[int, int], scored: bool) -> None:
     for sample in samples:
         rollout, uid = sample.rollout, sample.rollout.prompt.uid
         if not rollout.token_ids or not rollout.prompt.token_ids:
@@ -103,7 +113,7 @@ def _check(samples: Sequence[Sample], counts: Mapping[int, int]) -> None:
             raise ValueError(
                 f"{uid}: {len(rollout.token_ids)} response tokens but {len(rollout.logprobs)} log-probabilities"
             )
-        if sample.source != NATIVE and rollout.teacher is None:
+        if scored and sample.source != NATIVE and rollout.teacher is None:
             raise ValueError(f"{uid}: source {sample.source} is a teacher, but the rollout carries no teacher scores")
         if counts.get(sample.source, 0) < 1:
             raise ValueError(f"{uid}: source {sample.source} is not in counts {dict(counts)}")
@@ -237,7 +247,7 @@ def _build(
     )
 
 
-def _teacher_signals(rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor | None]:
+def _teacher_signals(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     """The teachers' tensors, zero where a rollout has no teacher; nothing if no rollout has one."""
     scores = [rollout.teacher for rollout in rollouts]
     widths = {score.top_ids.shape[1] for score in scores if score is not None}

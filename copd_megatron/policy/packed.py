@@ -7,7 +7,8 @@ prompt all continue the same packed prompt: the prompt is computed once, with gr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -43,7 +44,9 @@ class Signals:
     source, over the whole batch and all data-parallel ranks). `advantage` [R] is the group advantage (0 where a
     teacher speaks). `engine_logprobs` [R] are those of the sampling engine. `old_logprobs` [R] are the trainer's own
     before the first update on this batch; None means the update is the first, and the current ones are taken.
-    Teacher tensors are None in a batch without teachers; rows of native tokens are then ignored.
+    Teacher tensors are None in a batch without teachers; rows of native tokens are then ignored. A resident teacher
+    (resident.py) knows more than its top-k: `teacher_tail` [R], the log-probability of all other tokens together, and,
+    for losses over the whole vocabulary, `teacher_logits`, which computes the logits [R, Vp] of this rank's columns.
     """
 
     source: torch.Tensor
@@ -54,6 +57,22 @@ class Signals:
     teacher_logprobs: torch.Tensor | None = None
     teacher_top_ids: torch.Tensor | None = None
     teacher_top_logprobs: torch.Tensor | None = None
+    teacher_tail: torch.Tensor | None = None
+    teacher_logits: Callable[[], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a resident teacher says about the response tokens that this rank computes of a micro-batch (R counts those).
+
+    The fields are those of `Signals` whose names begin with `teacher_`.
+    """
+
+    logprobs: torch.Tensor
+    top_ids: torch.Tensor
+    top_logprobs: torch.Tensor
+    tail: torch.Tensor
+    logits: Callable[[], torch.Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ class MicroBatch:
     Under context parallelism it is one rank's share (`context.share`): T and R count this rank's tokens, those in
     `stripe`; `response_rows` int64 [R] and `visual_rows` say which of the whole batch's response tokens and merged
     patches are among them, and `segments` describe the whole batch. `frame` is the number of rows in what travels
-    between pipeline stages; 0: as many as it takes.
+    between pipeline stages; 0: as many as it takes. `lesson` is what a resident teacher says about this rank's share.
     """
 
     token_ids: torch.Tensor
@@ -86,6 +105,14 @@ class MicroBatch:
     response_rows: torch.Tensor | None = None
     visual_rows: torch.Tensor | None = None
     frame: int = 0
+    lesson: Lesson | None = None
+
+    def taught(self) -> MicroBatch:
+        """This rank's share with its lesson, if any, among the signals."""
+        if self.lesson is None:
+            return self
+        values = {f"teacher_{field.name}": getattr(self.lesson, field.name) for field in fields(self.lesson)}
+        return replace(self, signals=replace(self.signals, **values), lesson=None)
 
 
 def idle() -> MicroBatch:

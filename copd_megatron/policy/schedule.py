@@ -19,7 +19,7 @@ from copd_megatron.policy.packed import MicroBatch, Signals, idle
 platform.prepare()
 
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads  # noqa: E402
+from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
@@ -31,8 +31,8 @@ added, never averaged: `signals.weight` carries the mean. V is the part of the v
 for all of it; ranks that share a vocabulary compute the same."""
 Measure = Callable[[torch.Tensor, torch.Tensor, Signals, Vocabulary | None], Stats]
 """A loss without the loss."""
-Chunks = Sequence[DistributedDataParallel]
-"""A rank's part of the model: one chunk per virtual pipeline stage."""
+Chunks = Sequence[torch.nn.Module]
+"""A rank's part of a model, as it is or in megatron-core's wrapper: one chunk per virtual pipeline stage."""
 
 Value = TypeVar("Value")
 Dataclass = TypeVar("Dataclass", MicroBatch, Signals)
@@ -55,7 +55,7 @@ def train_pass(model: Chunks, batches: Sequence[MicroBatch], loss: Loss) -> tupl
     Returns the sum of all losses and, per statistic, its sum and count, over all micro-batches and replicas; the same
     on every rank. Collective; a replica without micro-batches contributes zeros.
     """
-    vocabulary = model[-1].module.vocabulary
+    vocabulary = bare(model[-1]).vocabulary
 
     def score(batch: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         value, stats = loss(logits, batch.targets, batch.signals, vocabulary)
@@ -70,7 +70,7 @@ def train_pass(model: Chunks, batches: Sequence[MicroBatch], loss: Loss) -> tupl
 
 def measure_pass(model: Chunks, batches: Sequence[MicroBatch], measure: Measure) -> dict[str, Any]:
     """Forward only; sum and count per statistic over all micro-batches and replicas, the same on every rank."""
-    vocabulary = model[-1].module.vocabulary
+    vocabulary = bare(model[-1]).vocabulary
 
     def score(batch: MicroBatch, logits: torch.Tensor, non_loss_data: bool = True) -> dict[str, torch.Tensor]:
         stats = measure(logits, batch.targets, batch.signals, vocabulary)
@@ -82,14 +82,27 @@ def measure_pass(model: Chunks, batches: Sequence[MicroBatch], measure: Measure)
 
 def logprob_pass(model: Chunks, batches: Sequence[MicroBatch], temperature: float) -> list[torch.Tensor]:
     """Forward only; log-probabilities float32 [R] of each micro-batch's targets, on every rank of the replica."""
-    vocabulary = model[-1].module.vocabulary
+    vocabulary = bare(model[-1]).vocabulary
 
-    def score(batch: MicroBatch, logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+    def logprobs(batch: MicroBatch, logits: torch.Tensor) -> torch.Tensor:
         return token_logprobs(logits, batch.targets, temperature, vocabulary).cpu()
 
+    return from_last_stage(_whole(forward_pass(model, batches, logprobs), batches))
+
+
+def forward_pass(
+    model: Chunks, batches: Sequence[MicroBatch], use: Callable[[MicroBatch, torch.Tensor], Value]
+) -> list[Value]:
+    """What `use` makes of this rank's share of each micro-batch and the model's output; nothing on earlier stages.
+
+    Forward only, without gradients. Collective over the replica; with expert parallelism, over the gang.
+    """
+
+    def score(batch: MicroBatch, output: torch.Tensor, non_loss_data: bool = True) -> Value:
+        return use(batch, output)
+
     with torch.no_grad():
-        own = _run(model, batches, score, forward_only=True)[: len(batches)]
-    return from_last_stage(_whole(own, batches))
+        return _run(model, batches, score, forward_only=True)[: len(batches)]
 
 
 def _whole(own: Sequence[torch.Tensor], batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
@@ -147,18 +160,18 @@ def computed_positions(model: Chunks, batches: Sequence[MicroBatch]) -> int:
 def _own_share(model: Chunks, batches: Sequence[MicroBatch], forward_only: bool) -> list[MicroBatch]:
     """What this rank computes of `batches`, and idle ones where the schedule needs more of them."""
     needed, multiple = _with_idle(model, batches, forward_only), _multiple(model)
-    own = [share(batch, _stripe(), multiple) for batch in needed]
+    own = [share(batch, _stripe(), multiple).taught() for batch in needed]
     if len(model) == 1:
         return own
     # Interleaved stages exchange too much at once to send shapes along: all messages get the size of the largest.
-    frame = max((model[0].module.rows_between_stages(batch) for batch in own), default=0)
+    frame = max((bare(model[0]).rows_between_stages(batch) for batch in own), default=0)
     return [replace(batch, frame=frame) for batch in own]
 
 
 def _with_idle(model: Chunks, batches: Sequence[MicroBatch], forward_only: bool) -> list[MicroBatch]:
     # A replica without samples still takes part in the reduction of gradients.
     count = max(len(batches), 0 if forward_only else 1)
-    if model[0].config.expert_model_parallel_size > 1:  # experts are exchanged in step over all replicas
+    if bare(model[0]).config.expert_model_parallel_size > 1:  # experts are exchanged in step over all replicas
         count = max(over_replicas(count))
     if len(model) > 1:  # interleaved stages pass micro-batches on in groups
         stages = parallel_state.get_pipeline_model_parallel_world_size()
@@ -166,9 +179,14 @@ def _with_idle(model: Chunks, batches: Sequence[MicroBatch], forward_only: bool)
     return [*batches, *(idle() for _ in range(count - len(batches)))]
 
 
+def bare(chunk: torch.nn.Module) -> Any:
+    """The `Qwen3VLModel` inside megatron-core's wrapper."""
+    return getattr(chunk, "module", chunk)
+
+
 def _multiple(model: Chunks) -> int:
     """What the tokens of each context parallel rank must be a multiple of."""
-    config = model[0].config
+    config = bare(model[0]).config
     shared = config.tensor_model_parallel_size if config.sequence_parallel else 1
     return shared * token_multiple(config.fp8_recipe if config.fp8 else "none")
 
@@ -199,7 +217,7 @@ def _run(model: Chunks, batches: Sequence[MicroBatch], score: Callable[..., Any]
 
 def _schedule_length(model: Chunks, frame: int) -> int:
     """The length from which the schedule computes the rows between stages; unused where shapes are sent along."""
-    config = model[0].config
+    config = bare(model[0]).config
     return max(
         1, frame * config.context_parallel_size * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
     )

@@ -6,17 +6,19 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from copd_megatron.errors import DataError, TrainingDiverged
 from copd_megatron.policy import platform
 from copd_megatron.policy.balance import Cost, rebalance
-from copd_megatron.policy.batching import Packed, Sample, by_prompt, pack
+from copd_megatron.policy.batching import NATIVE, Packed, Sample, by_prompt, pack
 from copd_megatron.policy.fp8 import NO_FP8, Fp8Choice
 from copd_megatron.policy.layout import Layout, data_parallel_rank, data_parallel_size
 from copd_megatron.policy.optimizer import OptimizerSettings, learning_rate
+from copd_megatron.policy.packed import MicroBatch
 from copd_megatron.policy.schedule import (
     Loss,
     Measure,
@@ -92,13 +94,14 @@ class Policy:
         loss: Loss,
         sequences: Mapping[int, int] | None = None,
         old_logprobs: Sequence[torch.Tensor] | None = None,
+        teach: Callable[[Sequence[MicroBatch]], list[MicroBatch]] | None = None,
     ) -> dict[str, float]:
         """One optimizer step on `samples`; `version` then is one higher.
 
         `sequences` is the number of sequences per source, over all replicas, that the mean is taken over; it may count
         some that are not among `samples` because they have no gradient. Default: those in `samples`. A replica may
         have no samples at all. `old_logprobs` are those of `logprobs` before the first of several updates on the same
-        samples.
+        samples. Where teachers are resident, `teach` gives the micro-batches their lessons, and samples need no scores.
 
         Samples move between replicas so that all have about the same to compute. The gradient is that of the sum of
         `loss` over all micro-batches of all replicas, however they are divided. If that sum or the gradient's norm is
@@ -112,8 +115,10 @@ class Policy:
         Raises TrainingDiverged when `max_skipped` updates in a row had to be skipped.
         """
         counts = self._counts(samples, sequences)
-        samples, old_logprobs = self._balanced(samples, old_logprobs)
-        packed = self._pack(samples, counts, old_logprobs)
+        samples, old_logprobs = self._balanced(samples, old_logprobs, taught=teach is not None)
+        packed = self._pack(samples, counts, old_logprobs, by_source=teach is not None)
+        if teach is not None:
+            packed = replace(packed, microbatches=teach(packed.microbatches))
         rate = self._set_learning_rate()
         self._zero_gradients()
         total_loss, totals = train_pass(self.chunks, packed.microbatches, loss)
@@ -195,7 +200,7 @@ class Policy:
         return counts
 
     def _balanced(
-        self, samples: Sequence[Sample], old_logprobs: Sequence[torch.Tensor] | None
+        self, samples: Sequence[Sample], old_logprobs: Sequence[torch.Tensor] | None, taught: bool
     ) -> tuple[Sequence[Sample], Sequence[torch.Tensor] | None]:
         """This replica's share of all replicas' samples, by what they cost; a prompt's samples stay together."""
         if data_parallel_size() == 1:
@@ -206,6 +211,8 @@ class Policy:
         ]
         costs = [
             self._cost.group(group[0][0].rollout.prompt, [len(sample.rollout.token_ids) for sample, _ in group])
+            # A resident teacher's forward pass is a third of the student's forward and backward.
+            * (4 / 3 if taught and group[0][0].source != NATIVE else 1)
             for group in groups
         ]
         mine = [pair for group in rebalance(groups, costs, data_parallel_rank(), over_replicas) for pair in group]
@@ -217,9 +224,10 @@ class Policy:
         samples: Sequence[Sample],
         counts: Mapping[int, int],
         old_logprobs: Sequence[torch.Tensor] | None = None,
+        by_source: bool = False,
     ) -> Packed:
         ids = () if self._media_tokens is None else (self._media_tokens.image, self._media_tokens.video)
-        return pack(samples, self._max_tokens, counts, self.positions, ids, old_logprobs)
+        return pack(samples, self._max_tokens, counts, self.positions, ids, old_logprobs, by_source)
 
     def _set_learning_rate(self) -> float:
         rate = learning_rate(self.settings, self.version)

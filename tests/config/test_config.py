@@ -56,11 +56,20 @@ def test_unknown_key_names_the_nearest_valid_one(tmp_path):
         (["rl.prompts"], "expected key=value"),
         (["data.max_prompt_tokens=16385"], "raise it to 32769"),
         (["opd.top_k=4", "log.overlap_k=5"], "raise opd.top_k = 4 or lower log.overlap_k"),
+        (["opd.loss=full_jsd"], r"opd\.loss = full_jsd needs the teacher's logits .* set teacher\.where = resident"),
+        (["teacher.where=resident", "opd.top_k=129"], r"opd\.top_k = 129: a resident teacher gives at most 128 tokens"),
+        (["rollout.engine=sglang", "teacher.refresh=phase"], r"use refresh = step, .* or teacher\.where = resident"),
     ],
 )
 def test_bad_values_are_refused_with_the_key(tmp_path, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, MINIMAL), overrides, RunConfig)
+
+
+def test_resident_teachers_may_have_frozen_weights_and_losses_over_the_whole_vocabulary(tmp_path):
+    changes = ["teacher.where=resident", "teacher.refresh=phase", "rollout.engine=sglang", "opd.loss=full_forward"]
+    config = load_config(write(tmp_path, MINIMAL), changes, RunConfig)
+    assert (config.teacher.where, config.opd.loss) == ("resident", "full_forward")
 
 
 def test_branches_with_one_name_are_refused(tmp_path):

@@ -19,10 +19,11 @@ from copd_kernels.logprobs import Partition, partition
 from copd_megatron.objectives import token_stats as dispatch
 from copd_megatron.objectives import vocabulary
 from copd_megatron.objectives.branch_loss import branch_loss
+from copd_megatron.objectives.distill import FULL_LOSSES, OPD_LOSSES
 from copd_megatron.objectives.settings import LossSettings
 
 sys.path.append(str(Path(__file__).parents[1] / "objectives"))
-from batches import random_batch, sharp_batch
+from batches import in_format, random_batch, sharp_batch
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -60,13 +61,14 @@ def test_a_tail_whose_inverse_float32_does_not_have_gives_no_nan():
 
 
 SETTINGS = [LossSettings(opd_loss=loss, temperature=0.7, overlap_k=3, teachers=2)
-            for loss in ("sampled", "topk_reverse", "topk_forward", "jsd")]  # fmt: skip
+            for loss in (*OPD_LOSSES, *FULL_LOSSES)]  # fmt: skip
 
 
 @pytest.mark.parametrize("batch", [random_batch(), sharp_batch(1e-5)], ids=["plain", "small tails"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: settings.opd_loss)
 def test_the_kernels_give_a_branch_s_loss_gradient_and_statistics(settings, batch, interpreted, monkeypatch):
-    logits = batch.logits.detach().float()
+    batch = in_format(batch, torch.float32)
+    logits = batch.logits.detach()
     results = {}
     for run in ("reference", "triton"):
         monkeypatch.setenv(VARIABLE, run)

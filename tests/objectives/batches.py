@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 
@@ -33,9 +35,21 @@ class Batch:
         return replace(self, signals=replace(self.signals, **changes))
 
 
-def rows_of(signals: Signals, index: torch.Tensor) -> Signals:
+def changed(signals: Signals, change: Callable[[torch.Tensor], torch.Tensor]) -> Signals:
+    """The signals with every tensor changed; the teacher's logits are one of them, once they are asked for."""
     columns = {field.name: getattr(signals, field.name) for field in fields(signals)}
-    return Signals(**{name: None if column is None else column[index] for name, column in columns.items()})
+    found = {name: change(column) for name, column in columns.items() if isinstance(column, torch.Tensor)}
+    if signals.teacher_logits is not None:
+        found["teacher_logits"] = partial(_call, change, signals.teacher_logits)
+    return replace(signals, **found)
+
+
+def _call(change: Callable[[torch.Tensor], torch.Tensor], logits: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return change(logits())
+
+
+def rows_of(signals: Signals, index: torch.Tensor) -> Signals:
+    return changed(signals, lambda column: column[index])
 
 
 def logprobs_of(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -61,6 +75,7 @@ def build(
         teacher_logprobs=logprobs_of(teacher_logits, targets, temperature).masked_fill(native, 0),
         teacher_top_ids=top_ids.masked_fill(native[:, None], 0),
         teacher_top_logprobs=top_logprobs.masked_fill(native[:, None], 0),
+        teacher_logits=lambda: teacher_logits,
     )
     return Batch(logits.detach().clone().requires_grad_(), targets, signals, teacher_logits)
 
@@ -92,11 +107,15 @@ def sharp_batch(tail: float, teacher_tail: float = 0.01, vocabulary: int = 40, k
 
 
 def in_format(batch: Batch, logits: torch.dtype) -> Batch:
-    """Logits in the given format, everything else in float32."""
-    columns = {field.name: getattr(batch.signals, field.name) for field in fields(Signals)}
-    columns = {name: value.float() if name != "source" and value is not None and value.is_floating_point() else value
-               for name, value in columns.items()}  # fmt: skip
-    return replace(batch, logits=batch.logits.detach().to(logits).requires_grad_(), signals=Signals(**columns))
+    """Logits of both sides in the given format, everything else in float32."""
+    signals = changed(batch.signals, lambda column: column.float() if column.is_floating_point() else column)
+    teacher_logits = batch.teacher_logits.to(logits)
+    return Batch(
+        batch.logits.detach().to(logits).requires_grad_(),
+        batch.targets,
+        replace(signals, teacher_logits=lambda: teacher_logits),
+        teacher_logits,
+    )
 
 
 def every_token_once(

@@ -7,7 +7,7 @@ import torch
 from batches import logprobs_of, random_batch
 
 from copd_megatron.objectives.branch_loss import branch_loss
-from copd_megatron.objectives.distill import OPD_LOSSES
+from copd_megatron.objectives.distill import FULL_LOSSES, OPD_LOSSES
 from copd_megatron.objectives.settings import LossSettings
 
 SETTINGS = LossSettings(overlap_k=3, teachers=2)
@@ -29,7 +29,7 @@ def test_native_tokens_get_the_group_advantage_and_cross_tokens_the_teacher_s():
     torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("loss", OPD_LOSSES)
+@pytest.mark.parametrize("loss", [*OPD_LOSSES, *FULL_LOSSES])
 @pytest.mark.parametrize("cuts", [[6, 6], [1, 11], [5, 3, 4], [1] * 12])
 def test_losses_and_statistics_of_micro_batches_add_up(loss, cuts):
     batch, settings = random_batch(), replace(SETTINGS, opd_loss=loss)
@@ -110,7 +110,7 @@ def test_engine_mismatch_is_no_policy_change():
     assert loss.item() == pytest.approx(-torch.tensor(0.5).exp().item())
 
 
-@pytest.mark.parametrize("loss", OPD_LOSSES)
+@pytest.mark.parametrize("loss", [*OPD_LOSSES, *FULL_LOSSES])
 def test_bfloat16_logits_are_computed_in_float32(loss):
     batch, settings = random_batch(), replace(SETTINGS, opd_loss=loss)
     low = replace(batch, logits=batch.logits.detach().bfloat16().requires_grad_())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from batches import every_token_once, random_batch
 from copd_kernels import reference
 from copd_megatron.config.training import OPDConfig
 from copd_megatron.objectives.branch_loss import branch_loss
-from copd_megatron.objectives.distill import OPD_LOSSES, sampled_advantage
+from copd_megatron.objectives.distill import FULL_LOSSES, OPD_LOSSES, sampled_advantage
 from copd_megatron.objectives.settings import LossSettings
 
 SETTINGS = LossSettings(overlap_k=1, teachers=2)
@@ -31,7 +32,7 @@ def test_sampled_loss_has_in_expectation_the_gradient_of_reverse_kl():
     torch.testing.assert_close(loss, exact, msg="at the first update −E[Â] is the divergence itself")
 
 
-@pytest.mark.parametrize("loss", OPD_LOSSES)
+@pytest.mark.parametrize("loss", [*OPD_LOSSES, *FULL_LOSSES])
 def test_beta_scales_the_teacher_s_part_only(loss):
     batch = random_batch()
     values = {}
@@ -101,5 +102,4 @@ def test_delta_is_taken_against_the_policy_before_the_first_update():
 
 
 def test_every_configurable_loss_exists():
-    offered = OPDConfig.model_fields["loss"].annotation.__args__
-    assert set(offered) <= set(OPD_LOSSES)
+    assert set(get_args(OPDConfig.model_fields["loss"].annotation)) == {*OPD_LOSSES, *FULL_LOSSES}

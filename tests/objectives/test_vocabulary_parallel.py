@@ -16,7 +16,7 @@ from batches import Batch, build, in_format, logprobs_of, random_batch, sharp_ba
 from memory import Outputs
 
 from copd_megatron.objectives.branch_loss import branch_loss
-from copd_megatron.objectives.distill import OPD_LOSSES
+from copd_megatron.objectives.distill import FULL_LOSSES, OPD_LOSSES
 from copd_megatron.objectives.drift import drift_stats
 from copd_megatron.objectives.settings import LossSettings
 from copd_megatron.objectives.supervised import supervised_loss
@@ -97,7 +97,7 @@ def objectives(batch: Batch, vocabulary: Vocabulary | None) -> Iterator[tuple[st
     """Every objective's value, statistics and gradient, and every number they are made of."""
     arguments = (batch.targets, batch.signals, vocabulary)
     temperature = 0.7
-    for name in OPD_LOSSES:
+    for name in (*OPD_LOSSES, *FULL_LOSSES):
         if name == "sampled" or batch.signals.teacher_top_ids is not None:
             settings = replace(SETTINGS, opd_loss=name, temperature=temperature)
             yield name, with_gradient(batch.logits, *branch_loss(batch.logits, *arguments, settings=settings))
@@ -138,7 +138,8 @@ def parts_of(widths: tuple[int, ...], group: dist.ProcessGroup) -> tuple[Vocabul
 
 
 def slice_of(batch: Batch, columns: slice) -> Batch:
-    return replace(batch, logits=batch.logits.detach()[:, columns].requires_grad_())
+    own = batch.but(teacher_logits=lambda: batch.signals.teacher_logits()[:, columns])
+    return replace(own, logits=batch.logits.detach()[:, columns].requires_grad_())
 
 
 def evaluate_parts() -> dict[Any, Any]:

@@ -212,6 +212,22 @@ def test_old_logprobs_follow_their_samples_through_the_reordering() -> None:
         assert torch.equal(batch.signals.old_logprobs, torch.cat([old[index] for index in members]))
 
 
+def test_by_source_no_micro_batch_mixes_and_scores_may_still_be_missing() -> None:
+    samples = [sample(prompt(f"q{number}", 1, 2), *range(1, 4 + number), source=number % 3 - 1) for number in range(9)]
+    bare = [replace(each, rollout=replace(each.rollout, teacher=None)) for each in samples]
+    counts = {NATIVE: 3, 0: 3, 1: 3}
+    packed = pack(bare, 20, counts, positions, IMAGE, by_source=True)
+    sources = [batch.signals.source.unique().tolist() for batch in packed.microbatches]
+    assert sources == sorted(sources)
+    assert {source for found in sources for source in found} == {NATIVE, 0, 1}
+    assert all(len(found) == 1 for found in sources)
+    assert sorted(index for members in packed.order for index in members) == list(range(9))
+    for batch, members in zip(packed.microbatches, packed.order, strict=True):
+        assert batch.targets.tolist() == [token for index in members for token in bare[index].rollout.token_ids]
+    with pytest.raises(ValueError, match="carries no teacher scores"):
+        pack(bare, 20, counts, positions, IMAGE)
+
+
 def test_contradictory_samples_are_refused_by_name() -> None:
     question = prompt("a", 1, 2)
     good = sample(question, 3, 4)

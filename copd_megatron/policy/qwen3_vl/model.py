@@ -53,6 +53,8 @@ class Qwen3VLModel(LanguageModule):
         self.vp_stage = vp_stage
         self.touch_all = False
         """Give every parameter a gradient in every backward pass, zero where it took no part."""
+        self.stops_before_output_layer = False
+        """Return hidden states [R, 1, H] in place of logits; `project` makes those of them."""
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 self.config,
@@ -121,10 +123,20 @@ class Qwen3VLModel(LanguageModule):
             return self._with_features(hidden, features, batch.frame)
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden.index_select(0, batch.logit_index), weight=weight)
+        hidden = hidden.index_select(0, batch.logit_index)
+        return hidden if self.stops_before_output_layer else self.project(hidden)
+
+    def project(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Logits [R, V] of hidden states [R, 1, H], by default by the weight of this model's own output layer."""
+        logits, _ = self.output_layer(hidden, weight=self.output_weight if weight is None else weight)
         start = 0 if self.vocabulary is None else self.vocabulary.start
         return logits[:, 0, : max(0, self.settings.text.vocab_size - start)]
+
+    @property
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output layer [Vp, H], on the last stage."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight  # type: ignore[return-value]
 
     def _packed(self, batch: MicroBatch) -> PackedTokens:
         text = self.settings.text
