@@ -140,7 +140,8 @@ class Branch:
             if wanted == self.version and not asked:
                 self._publish()
             if not live:
-                self._freeze(wanted)
+                with self._span("sync"):
+                    self._engines.freeze(wanted)
             self._meet_peers(f"version/{wanted}", wanted)
         if self._actor is not None and not self._resident:  # resident teachers read what they need when they are asked
             self._load_teachers(self._actor.teachers, wanted)
@@ -260,10 +261,6 @@ class Branch:
         self._meet(point)
         self._teacher_weights.forget({version, *([] if self._teacher_version is None else [self._teacher_version])})
 
-    def _freeze(self, version: int) -> None:
-        with self._span("sync"):
-            self._engines.freeze(version)
-
     def _load_teachers(self, teachers: Mapping[str, Teacher], version: int) -> None:
         with self._span("sync"):
             self._teacher_weights.load(teachers, version)
@@ -291,12 +288,7 @@ class Branch:
         for name, samples in layout.broadcast_in_replica(measured).items():
             found.of_policy(name, self._policy.measure(samples, self._drift), len(samples))
         if self._spokesman is not None:
-            numbers = found.numbers
-            self._spokesman.write(self.version, cycle, "probe", numbers)
-            self._spokesman.say(
-                overlap={name[8:]: value for name, value in numbers.items() if name.startswith("overlap/")},
-                symkl={name[6:]: value for name, value in numbers.items() if name.startswith("symkl/")},
-            )
+            self._spokesman.probed(self.version, cycle, found.numbers)
         return found.readings(self.own, self.teachers)
 
     def _steer(self, own: dict[str, Reading]) -> bool:
@@ -335,20 +327,10 @@ class Branch:
     # ------------------------------------------------------------------ numbers
 
     def _write(self, trained: dict[str, float], tally: Tally) -> None:
-        if self._spokesman is None:
-            return
-        seconds = time.perf_counter() - self._began
-        values = {self._named(key): value for key, value in trained.items()} | tally.metrics()
-        values["count/skipped"] = int(values.pop("skipped"))
-        values["tokens_per_second"] = values.get("tokens", 0) / seconds
-        values |= self._spokesman.timeline.finish(self.version)
-        self._spokesman.write(self.version, self._step.cycle, self._step.phase, values)
-        self._spokesman.say(
-            step=self.version,
-            phase_step=self._step.index + 1,
-            reward=values.get("reward/mean"),
-            tokens_per_second=values["tokens_per_second"],
-        )
+        if self._spokesman is not None:
+            values = {self._named(key): value for key, value in trained.items()} | tally.metrics()
+            values["count/skipped"] = int(values.pop("skipped"))
+            self._spokesman.updated(self.version, self._step, values, time.perf_counter() - self._began)
 
     def _named(self, key: str) -> str:
         """`overlap/0` -> `overlap/image`: objectives number the teachers, people name them."""

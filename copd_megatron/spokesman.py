@@ -89,6 +89,25 @@ class Spokesman:
         """One line of metrics, with what the hardware says."""
         self._metrics.write(step, cycle, phase, **values, **self._telemetry.sample())
 
+    def updated(self, version: int, step: Step, values: dict[str, Any], seconds: float) -> None:
+        """The numbers of the update that made `version`, which took `seconds`."""
+        values = values | {"tokens_per_second": values.get("tokens", 0) / seconds} | self.timeline.finish(version)
+        self.write(version, step.cycle, step.phase, values)
+        self.say(
+            step=version,
+            phase_step=step.index + 1,
+            reward=values.get("reward/mean"),
+            tokens_per_second=values["tokens_per_second"],
+        )
+
+    def probed(self, version: int, cycle: int, values: dict[str, Any]) -> None:
+        """What a probe has found at `version`."""
+        self.write(version, cycle, "probe", values)
+        self.say(
+            overlap={name[8:]: value for name, value in values.items() if name.startswith("overlap/")},
+            symkl={name[6:]: value for name, value in values.items() if name.startswith("symkl/")},
+        )
+
     def saved(self, step: int, entry: dict[str, Any]) -> None:
         """Tell the peers that this branch's part of a checkpoint is on disk."""
         self._exchange.saved(step, json.dumps(entry))

@@ -81,6 +81,7 @@ def test_two_models_merge_need_not_fit_a_method_without_merge(tmp_path):
         ({"method": "mopd", "experts": EXPERTS}, "has no Phase I; set kind: fixed and explore_steps: 0"),
         ({"method": "static_opd", "student": "text", "topology": "none", **DISTIL}, "text has no teacher"),
         ({"method": "mopd", **DISTIL, "rollout": {"engine": "sglang"}}, "frozen teachers need the embedded engine"),
+        ({"method": "mopd", **DISTIL, "teacher": {"where": "resident"}}, "finished experts teach from engines"),
         ({"method": "mixed", "rhythm": "overlap"}, "nobody has a teacher"),
         ({"method": "mixed", "branches": [{**BRANCHES[0], "name": "mixed"}]}, "rename 'mixed'"),
     ],
