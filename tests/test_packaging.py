@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROOTS = {"copd_megatron": "copd_megatron", "copd_kernels": "kernels"}
-OPTIONAL = {"transformer_engine", "apex", "sglang", "triton", "liger_kernel"}
+OPTIONAL = {"av", "transformer_engine", "apex", "sglang", "triton", "liger_kernel"}
 PARTS = {"pydantic_core"}  # of pydantic, which requires the one version that fits
 
 

@@ -131,3 +131,13 @@ def test_every_shipped_run_config_is_valid():
     assert files
     for file in files:
         load_config(file, [], RunConfig)
+
+
+def test_every_shipped_cold_start_is_valid():
+    from copd_megatron.sft import SftSettings
+
+    folder = Path(__file__).parents[2] / "configs"
+    files = [file for file in folder.rglob("*.yaml") if "branches" not in yaml.safe_load(file.read_text())]
+    assert {file.name for file in files} == {"base.yaml", "base_video.yaml"}
+    for file in files:
+        assert load_config(file, [], SftSettings).data[0].mini == "text"

@@ -67,7 +67,7 @@ def test_logprobs_equal_those_of_a_plain_forward(
     for temperature in (1.0, 0.6):
         sampling = replace(SAMPLED, temperature=temperature)
         rollouts = comparable(engine.generate([*prompts, *videos], sampling, seed=3))
-        assert len(rollouts) >= 15
+        assert len(rollouts) >= 14
         for rollout in rollouts:
             full = plain_logprobs(reference, rollout, temperature)
             expected = full.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]

@@ -12,8 +12,7 @@ from copd_megatron.policy.platform import declare_torchvision_schemas
 SPECIAL = ["<pad>", "<end>", "<vision>", "</vision>", "<image>", "<video>"]
 PAD, END, VISION, VISION_END, IMAGE, VIDEO = range(6)
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz+-*=<>?:, ."
-# Of patches in other sizes sglang's Qwen2.5-VL takes the features for finished ones.
-PATCH, MERGE, FRAMES = 14, 2, 2
+PATCH, MERGE, FRAMES = 4, 2, 2
 
 
 TEXT = {
@@ -126,7 +125,7 @@ def config_of(family: str) -> Any:
     return transformers.Qwen3Config(**TEXT, tie_word_embeddings=family.endswith("tied"))
 
 
-def qwen2_5_vl(tied: bool) -> Any:
+def qwen2_5_vl(tied: bool, patch: int = PATCH) -> Any:
     """Windows are of 2 × 2 merged patches; images of `prompts` are larger."""
     from transformers import Qwen2_5_VLConfig
 
@@ -140,10 +139,10 @@ def qwen2_5_vl(tied: bool) -> Any:
             "hidden_size": 32,
             "intermediate_size": 44,
             "num_heads": 4,
-            "patch_size": PATCH,
+            "patch_size": patch,
             "spatial_merge_size": MERGE,
             "temporal_patch_size": FRAMES,
-            "window_size": 2 * MERGE * PATCH,
+            "window_size": 2 * MERGE * patch,
             "fullatt_block_indexes": [1],
             "out_hidden_size": 48,
             "initializer_range": 0.2,

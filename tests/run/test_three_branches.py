@@ -13,11 +13,12 @@ CONFIG = Path(__file__).parents[2] / "configs" / "mini" / "text_image_video.yaml
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_one_cycle(base: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(CONFIG.read_text())
     kept = {key: content[key] for key in ("branches", "optimizer", "topology")}
     command = Command(tmp_path, base, **kept, rhythm=TINY["rhythm"] | {"explore_steps": 2, "exchange_steps": 2})
-    status, output = command.finish()
+    status, output = command.finish(timeout=800)
     assert status == 0, output
     teachers = {"text": {"image", "video"}, "image": {"text"}, "video": {"text"}}
     for branch, expected in teachers.items():

@@ -26,12 +26,12 @@ _COLOURS = 3
 
 @dataclass(frozen=True)
 class Patches:
-    """All images of one prompt, or all its videos.
+    """All images of one prompt, or all frames of its videos.
 
     `pixel_values` float32 [patches, 3 * temporal * size * size]; `grid_thw` int64 [items, 3]; `offsets` are the first
-    and last place of each image's tokens in the prompt, of a video's for each of its frames; `weights` names those that
-    are to see them. `seconds` says how long a frame of each video lasts, nothing of images. `positions` int64 [3, S]
-    are those of all the prompt's tokens, None where another item of the request brings them.
+    and last place of each item's tokens in the prompt; `weights` names those that are to see them. `seconds` says how
+    long each frame lasts, nothing of images. `positions` int64 [3, S] are those of all the prompt's tokens, None where
+    another item of the request brings them.
     """
 
     pixel_values: torch.Tensor
@@ -90,16 +90,13 @@ def decode(text: str) -> Patches:
     grid = patches.grid_thw
     if grid.ndim != 2 or grid.shape[1] != 3 or int(grid.prod(-1).sum()) != rows:
         raise ValueError(f"a {SCHEME!r} item has {rows} patches, its grid_thw {grid.tolist()}")
-    places = int(grid[:, 0].sum()) if patches.seconds else len(grid)
-    if len(patches.offsets) != places or len(patches.seconds) not in (0, len(grid)):
-        raise ValueError(
-            f"a {SCHEME!r} item has {len(grid)} images or videos at {len(patches.offsets)} places, expected {places}"
-        )
+    if len(patches.offsets) != len(grid) or len(patches.seconds) not in (0, len(grid)):
+        raise ValueError(f"a {SCHEME!r} item has {len(grid)} images or frames at {len(patches.offsets)} places")
     return patches
 
 
 def identity(pixel_values: torch.Tensor, grid_thw: torch.Tensor, seconds: Sequence[float], weights: str) -> int:
-    """64 bits that stand for what `weights` see in one image or video, and for its positions. A server keeps what it
+    """64 bits that stand for what `weights` see in one image or frame, and for its positions. A server keeps what it
     has seen by them, and never forgets it: pixels alone would not tell 2 × 8 black patches from 4 × 4."""
     digest = blake2b(f"{weights} {grid_thw.tolist()} {list(seconds)}".encode(), digest_size=8)
     digest.update(pixel_values.contiguous().numpy().data)

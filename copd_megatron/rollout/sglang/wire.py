@@ -64,30 +64,36 @@ class Scored:
 def media_fields(prompt: Prompt, tokens: Tokens, version: str) -> dict[str, Any]:
     """The part of a request that carries the prompt's images and videos; the same for all its rollouts at `version`.
 
-    The positions of all tokens come with them: where frames lie apart in time, servers count otherwise.
+    Videos go frame by frame: in sglang's Qwen2.5-VL patches would attend to those of all frames of theirs, and in
+    transformers' they do not. The positions of all tokens come along, since frames are then no longer known as one's.
     """
     if prompt.media is None or tokens.media is None:
         return {}
-    pixel_values = prompt.media.pixel_values.split(prompt.media.grid_thw.prod(-1).tolist())
     blocks = media_blocks(prompt.token_ids, prompt.media, tokens.media)
     positions: torch.Tensor | None = prompt_positions(prompt.token_ids, prompt.media, tokens.media)
+    pixel_values = prompt.media.pixel_values.split(prompt.media.grid_thw.prod(-1).tolist())
+    seconds = dict(zip(prompt.media.videos, prompt.media.seconds, strict=True))
     fields: dict[str, Any] = {}
     for name, videos in (("image_data", False), ("video_data", True)):
-        chosen = [item for item in range(len(pixel_values)) if (item in prompt.media.videos) == videos]
+        chosen = [item for item in range(len(pixel_values)) if (item in seconds) == videos]
         if not chosen:
             continue
-        places: list[tuple[int, int]] = []
-        for block in blocks:
-            if block.item in chosen:
-                size, parts = (block.rows * block.columns, block.frames) if videos else (block.count, 1)
-                starts = [block.first + size * part for part in range(parts)]
-                places += [(start, start + size - 1) for start in starts]
+        parts = [(block, block.frames if videos else 1) for block in blocks if block.item in chosen]
+        grids = prompt.media.grid_thw[chosen]
+        if videos:
+            one = torch.cat([torch.ones_like(grids[:, :1]), grids[:, 1:]], dim=1)
+            grids = one.repeat_interleave(grids[:, 0], dim=0)
+        starts = [
+            (block.first + block.count // count * part, block.count // count)
+            for block, count in parts
+            for part in range(count)
+        ]
         patches = pixels.Patches(
             pixel_values=torch.cat([pixel_values[item] for item in chosen]),
-            grid_thw=prompt.media.grid_thw[chosen],
-            offsets=tuple(places),
+            grid_thw=grids,
+            offsets=tuple((start, start + size - 1) for start, size in starts),
             weights=version,
-            seconds=prompt.media.seconds if videos else (),
+            seconds=tuple(seconds[block.item] for block, count in parts for _ in range(count)) if videos else (),
             positions=positions,
         )
         fields[name] = [pixels.encode(patches)]

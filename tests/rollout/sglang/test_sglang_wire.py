@@ -209,7 +209,7 @@ def test_the_places_of_images_are_those_of_their_tokens() -> None:
     ],
     ids=["frames apart", "one block"],
 )
-def test_videos_are_sent_with_the_places_of_their_frames(
+def test_videos_are_sent_frame_by_frame(
     tokens_per_second: float | None, ids: tuple[int, ...], offsets: tuple[tuple[int, int], ...]
 ) -> None:
     tokens = wire.Tokens(20, MediaTokens(4, 3, 2, tokens_per_second))
@@ -220,8 +220,8 @@ def test_videos_are_sent_with_the_places_of_their_frames(
     image, video = (pixels.decode(fields[name][0]) for name in ("image_data", "video_data"))
     assert image.pixel_values[:, 0].tolist() == [16, 17, 18, 19]
     assert video.pixel_values[:, 0].tolist() == [*range(16), *range(20, 24)]
-    assert video.grid_thw.tolist() == [[2, 2, 4], [1, 2, 2]]
-    assert (video.offsets, video.seconds) == (offsets, (1.0, 0.5))
+    assert video.grid_thw.tolist() == [[1, 2, 4], [1, 2, 4], [1, 2, 2]]
+    assert (video.offsets, video.seconds) == (offsets, (1.0, 1.0, 0.5))
     assert video.positions is None, "they come once"
     assert image.positions is not None
     assert torch.equal(image.positions, prompt_positions(ids, media, tokens.media))
