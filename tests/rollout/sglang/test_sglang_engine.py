@@ -123,25 +123,6 @@ def test_scores_are_those_of_transformers(
         assert torch.equal(score.top_ids[clear], ids[:, :6][clear])
 
 
-def test_a_teacher_with_the_students_weights_has_nothing_to_teach(
-    engine: SGLangEngine, folder: Path, prompts: list[Prompt], videos: list[Prompt]
-) -> None:
-    """δ = log π_teacher − log π_student, the student being the trainer's policy whose weights were handed over, and
-    the sampling engine's log-probabilities beside both."""
-    layout.initialize(layout.Layout())
-    try:
-        policy = Policy(folder, layout.Layout(), OptimizerSettings(lr=1e-3), "fp32", 4096)
-        engine.update_weights(policy.named_weights(), version=engine.version + 1)
-        rollouts = engine.generate([*prompts, *videos], SAMPLED, seed=6)
-        scores = engine.score(rollouts, 0, 1.0)
-        student = policy.logprobs([Sample(rollout, source=0) for rollout in rollouts])
-    finally:
-        layout.shutdown()
-    for rollout, score, own in zip(rollouts, scores, student, strict=True):
-        assert float((score.logprobs - own).abs().max()) < SAME
-        assert float((rollout.logprobs - own).abs().max()) < SAME
-
-
 def test_every_token_can_be_scored_behind_an_image_and_a_video(
     engine: SGLangEngine, folder: Path, prompts: list[Prompt], videos: list[Prompt]
 ) -> None:
@@ -358,6 +339,25 @@ def test_files_of_a_hand_over_that_failed_are_never_read(
     engine.update_weights(HfFolder(folder).tensors(), version=1)
     assert_greedy(engine, reference(folder), prompts[:2])
     engine.close()
+
+
+def test_a_teacher_with_the_students_weights_has_nothing_to_teach(
+    engine: SGLangEngine, folder: Path, prompts: list[Prompt], videos: list[Prompt]
+) -> None:
+    """δ = log π_teacher − log π_student, the student being the trainer's policy whose weights were handed over, and
+    the sampling engine's log-probabilities beside both."""
+    layout.initialize(layout.Layout())
+    try:
+        policy = Policy(folder, layout.Layout(), OptimizerSettings(lr=1e-3), "fp32", 4096)
+        engine.update_weights(policy.named_weights(), version=engine.version + 1)
+        rollouts = engine.generate([*prompts, *videos], SAMPLED, seed=6)
+        scores = engine.score(rollouts, 0, 1.0)
+        student = policy.logprobs([Sample(rollout) for rollout in rollouts])
+    finally:
+        layout.shutdown()
+    for rollout, score, own in zip(rollouts, scores, student, strict=True):
+        assert float((score.logprobs - own).abs().max()) < SAME
+        assert float((rollout.logprobs - own).abs().max()) < SAME
 
 
 def test_a_killed_server_costs_nothing_but_time(
