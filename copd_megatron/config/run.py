@@ -85,16 +85,7 @@ class RunConfig(Section):
             self.merge.recipe(names, self.seed)
         except ConfigError as error:
             raise ValueError(f"merge: {error}") from error
-        if self.teacher.where == "resident" and self.opd.top_k > MAX_K:
-            raise ValueError(
-                f"opd.top_k = {self.opd.top_k}: a resident teacher gives at most {MAX_K} tokens; lower it, or take "
-                "opd.loss = full_reverse, full_forward or full_jsd for the whole vocabulary"
-            )
-        if self.teacher.where == "engine" and self.opd.loss in FULL_LOSSES:
-            raise ValueError(
-                f"opd.loss = {self.opd.loss} needs the teacher's logits over the whole vocabulary, which no engine "
-                "gives: set teacher.where = resident, or take a loss on the teacher's top-k"
-            )
+        self._teachers()
         if self.rollout.engine == "sglang":
             self._servers(names)
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
@@ -117,6 +108,25 @@ class RunConfig(Section):
                         f"branch {branch.name}"
                     )
         return self
+
+    def _teachers(self) -> None:
+        if self.teacher.where == "engine":
+            if self.opd.loss in FULL_LOSSES:
+                raise ValueError(
+                    f"opd.loss = {self.opd.loss} needs the teacher's logits over the whole vocabulary, which no engine "
+                    "gives: set teacher.where = resident, or take a loss on the teacher's top-k"
+                )
+            return
+        if self.opd.top_k > MAX_K:
+            raise ValueError(
+                f"opd.top_k = {self.opd.top_k}: a resident teacher gives at most {MAX_K} tokens; lower it, or take "
+                "opd.loss = full_reverse, full_forward or full_jsd for the whole vocabulary"
+            )
+        if self.precision.fp8 == "delayed":
+            raise ValueError(
+                "precision.fp8 = delayed scales by what earlier passes have seen, and a resident teacher has had none "
+                "with its weights: use fp8 = tensorwise or blockwise, or teacher.where = engine"
+            )
 
     def _servers(self, names: list[str]) -> None:
         urls = self.rollout.sglang.urls
