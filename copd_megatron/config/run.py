@@ -121,15 +121,22 @@ class RunConfig(Section):
         return self
 
     def _teachers(self) -> None:
-        if self.teacher.where == "resident" and self.opd.top_k > MAX_K:
+        if self.teacher.where == "engine":
+            if self.opd.loss in FULL_LOSSES:
+                raise ValueError(
+                    f"opd.loss = {self.opd.loss} needs the teacher's logits over the whole vocabulary, which no engine "
+                    "gives: set teacher.where = resident, or take a loss on the teacher's top-k"
+                )
+            return
+        if self.opd.top_k > MAX_K:
             raise ValueError(
                 f"opd.top_k = {self.opd.top_k}: a resident teacher gives at most {MAX_K} tokens; lower it, or take "
                 "opd.loss = full_reverse, full_forward or full_jsd for the whole vocabulary"
             )
-        if self.teacher.where == "engine" and self.opd.loss in FULL_LOSSES:
+        if self.precision.fp8 == "delayed":
             raise ValueError(
-                f"opd.loss = {self.opd.loss} needs the teacher's logits over the whole vocabulary, which no engine "
-                "gives: set teacher.where = resident, or take a loss on the teacher's top-k"
+                "precision.fp8 = delayed scales by what earlier passes have seen, and a resident teacher has had none "
+                "with its weights: use fp8 = tensorwise or blockwise, or teacher.where = engine"
             )
 
     def _servers(self, names: list[str]) -> None:

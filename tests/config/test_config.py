@@ -58,6 +58,7 @@ def test_unknown_key_names_the_nearest_valid_one(tmp_path):
         (["opd.top_k=4", "log.overlap_k=5"], "raise opd.top_k = 4 or lower log.overlap_k"),
         (["opd.loss=full_jsd"], r"opd\.loss = full_jsd needs the teacher's logits .* set teacher\.where = resident"),
         (["teacher.where=resident", "opd.top_k=129"], r"opd\.top_k = 129: a resident teacher gives at most 128 tokens"),
+        (["teacher.where=resident", "precision.fp8=delayed"], "a resident teacher has had none"),
         (["rollout.engine=sglang", "teacher.refresh=phase"], r"use refresh = step, .* or teacher\.where = resident"),
     ],
 )

@@ -110,3 +110,12 @@ def test_torchvision_can_be_imported_after_its_schemas_are_declared() -> None:
         from transformers.image_utils import load_image
 
     assert callable(load_image)
+
+
+def test_a_stage_keeps_what_it_sends_where_nothing_else_does() -> None:
+    """gloo reads a tensor after `isend` has returned; megatron-core would have freed it by then."""
+    from copd_megatron.policy.layout import Layout
+    from copd_megatron.policy.qwen3_vl.transformer import transformer
+
+    config = transformer(Layout(), "fp32", "none", num_layers=1, hidden_size=8, num_attention_heads=1)
+    assert not config.deallocate_pipeline_outputs

@@ -13,8 +13,9 @@ import gang
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_policy import base_folder, gradients, make_samples, new_policy, worst_difference
+from tiny_policy import SIZE, base_folder, gradients, make_samples, new_policy, worst_difference
 
+from copd_megatron.data.mini.model import build
 from copd_megatron.errors import WeightsError
 from copd_megatron.objectives.branch_loss import branch_loss
 from copd_megatron.objectives.settings import LossSettings
@@ -22,6 +23,7 @@ from copd_megatron.policy import layout as layouts
 from copd_megatron.policy.batching import NATIVE, Sample
 from copd_megatron.policy.layout import Layout
 from copd_megatron.rollout.embedded import EmbeddedEngine
+from copd_megatron.weights.hf import HfFolder
 
 TEMPERATURE, VERSION = 0.8, 3
 EVERYTHING = 64
@@ -36,6 +38,11 @@ LAYOUTS = {
     "context": Layout(world=2, cp=2),
     "data": Layout(world=2),
 }
+WITH_EXPERTS = {
+    "experts": Layout(world=2, ep=2),
+    "interleaved": Layout(world=2, pp=2, vpp=2),
+}
+"""Of a model with experts, which are exchanged between replicas of which one has samples of only one teacher."""
 STATISTICS = ("loss", "grad_norm", "entropy", "opd/kl", "opd/delta", "rl/surrogate",
               *(f"{name}/{teacher}" for name in ("overlap", "symkl", "kl_forward") for teacher in (0, 1)))  # fmt: skip
 
@@ -85,7 +92,7 @@ class Weights(dict[str, torch.Tensor]):
     """A teacher's weights by Hugging Face name."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(load_file(folder / "model.safetensors"))
+        super().__init__(HfFolder(folder).tensors())
 
 
 def new_residents(root: Path, layout: Layout, asked: list[tuple[str, int]], top_k: int, whole: bool = False):
@@ -112,17 +119,18 @@ def update(root: Path, layout: Layout, loss: str, resident: bool) -> tuple[dict[
     else:
         mine = scored(root, mine, EVERYTHING)
     metrics = policy.update(mine, partial(branch_loss, settings=settings(loss)), teach=teach)
-    return metrics, gradients(policy)
+    return metrics, gradients(policy) if len(policy.chunks) == 1 else {}
 
 
 def updates_in_gang(root: Path, out: Path, name: str) -> Mapping[str, dict[str, float]]:
-    layouts.initialize(LAYOUTS[name])
+    layout = (LAYOUTS | WITH_EXPERTS)[name]
+    layouts.initialize(layout)
     try:
         results = {}
         for loss in LIKE:
-            results[loss], gradient = update(root, LAYOUTS[name], loss, resident=True)
+            results[loss], gradient = update(root, layout, loss, resident=True)
             if torch.distributed.get_rank() == 0:
-                save_file(gradient, out / f"{loss}.gradients")
+                save_file({key: value.contiguous() for key, value in gradient.items()}, out / f"{loss}.gradients")
         return results
     finally:
         layouts.shutdown()
@@ -131,6 +139,10 @@ def updates_in_gang(root: Path, out: Path, name: str) -> Mapping[str, dict[str, 
 @pytest.fixture(scope="module")
 def by_engine(root: Path) -> dict[str, tuple[dict[str, float], dict[str, torch.Tensor]]]:
     """What a single process makes of the engines' scores."""
+    return updates_by_engine(root)
+
+
+def updates_by_engine(root: Path) -> dict[str, tuple[dict[str, float], dict[str, torch.Tensor]]]:
     layouts.initialize(Layout())
     try:
         return {loss: update(root, Layout(), loss, resident=False) for loss in set(LIKE.values())}
@@ -209,3 +221,15 @@ def test_a_divided_teacher_says_the_same(root: Path, by_engine, tmp_path: Path, 
             same(results[loss], by_engine[like][0])
     for loss, like in LIKE.items():
         assert worst_difference(load_file(tmp_path / f"{loss}.gradients"), by_engine[like][1]) < 1e-3
+
+
+@pytest.mark.slow
+def test_teachers_with_experts_and_in_interleaved_stages_say_the_same(tmp_path: Path) -> None:
+    for seed, folder in enumerate(folders(tmp_path).values()):
+        build(folder, seed, replace(SIZE, layers=4, experts=4))
+    expected = updates_by_engine(tmp_path)
+    assert expected["sampled"][0]["opd/kl"] > 0.01
+    for name in WITH_EXPERTS:
+        for results in gang.run(2, updates_in_gang, tmp_path, tmp_path, name):
+            for loss, like in LIKE.items():
+                same(results[loss], expected[like][0])

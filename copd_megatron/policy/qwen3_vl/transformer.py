@@ -42,7 +42,8 @@ def transformer(layout: Layout, precision: Precision, recompute: Recompute, **mo
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         cuda_graph_scope=[],
-        deallocate_pipeline_outputs=True,
+        # Interleaved stages free what they have begun to send: CUDA's streams keep it until it is sent, gloo does not.
+        deallocate_pipeline_outputs=platform.on_gpu(),
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_modules=["core_attn"] if recompute == "selective" else None,
         recompute_method="uniform" if recompute == "full" else None,
