@@ -41,7 +41,7 @@ class RhythmConfig(Section):
     no edge counts as recovered in Phase II before it has them back. None: overlap alone."""
     sureness: float = Field(1.0, ge=0)
     """Standard errors by which a moving average must be beyond a bound, or above what came before it."""
-    smoothing: float = Field(0.5, gt=0, le=1)
+    smoothing: float = Field(0.7, gt=0, le=1)
     """Weight of the newest probe in the moving average, which starts anew with each phase."""
     patience: int = Field(2, ge=1)
     """Probes (one every log.probe_every updates) in which overlap did not rise, after which it has stopped rising."""

@@ -193,6 +193,18 @@ def test_other_base_is_refused(checkpoints: RunCheckpoints, config: RunConfig) -
         checkpoints.require(5, config)
 
 
+def test_other_experts_are_refused(checkpoints: RunCheckpoints, config: RunConfig, tmp_path: Path) -> None:
+    expert = tmp_path / "expert"
+    shutil.copytree(config.base, expert)
+    rhythm = {"cycles": 1, "explore_steps": 0, "exchange_steps": 5}
+    taught = changed(config, method="mopd", rhythm=rhythm, experts={"text": str(expert), "image": str(expert)})
+    commit(checkpoints, taught, 5)
+    checkpoints.require(5, taught)
+    (expert / "config.json").write_text('{"other": 1}')
+    with pytest.raises(WeightsError, match="the expert 'text' was another one"):
+        checkpoints.require(5, taught)
+
+
 def test_fingerprint_sees_weights_and_settings_but_no_readme(config: RunConfig) -> None:
     base = Path(config.base)
     first = fingerprint(base)
