@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,23 @@ def save(folder: Path, config: Any, seed: int = 0) -> Path:
     return folder
 
 
-def build_folder(folder: Path, tied: bool, seed: int = 0, experts: bool = False, deepstack: int = 1) -> Path:
-    """A Qwen3-VL; with `experts`, in two of three layers; features of its first `deepstack` vision layers go up."""
+def build_folder(
+    folder: Path, tied: bool, seed: int = 0, experts: bool = False, deepstack: int = 1, dense: Sequence[int] = (1,)
+) -> Path:
+    """A Qwen3-VL; with `experts`, in all but the `dense` ones of three layers; features of its first `deepstack` vision
+    layers go up."""
     declare_torchvision_schemas()
     import transformers
 
     config = getattr(transformers, "Qwen3VLMoeConfig" if experts else "Qwen3VLConfig")(
         text_config={
             **TEXT,
-            **({key: value for key, value in EXPERTS.items() if key != "norm_topk_prob"} if experts else {}),
+            **(
+                {key: value for key, value in EXPERTS.items() if key != "norm_topk_prob"}
+                | {"mlp_only_layers": list(dense)}
+                if experts
+                else {}
+            ),
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e4,

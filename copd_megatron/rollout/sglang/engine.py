@@ -49,12 +49,7 @@ class SGLangEngine:
         self.version = -1
         self.tokenizer: Any = open_tokenizer(Path(model_dir))
         self._config: Any = open_config(Path(model_dir))
-        vision: Any = getattr(self._config, "vision_config", None)
-        if self._config.model_type == "qwen3_vl_moe" and len(vision.deepstack_visual_indexes) != 3:
-            raise WeightsError(
-                f"{model_dir}: has {len(vision.deepstack_visual_indexes)} DeepStack layers; SGLang's Qwen3-VL-MoE "
-                "takes exactly three DeepStack layers, as all published ones have"
-            )
+        _check_served(self._config, model_dir)
         self._tokens = wire.Tokens(
             vocabulary=self._config.get_text_config().vocab_size,
             media=MediaTokens.of(self._config),
@@ -278,6 +273,21 @@ class Scoring:
             return await _all(asyncio.wrap_future(self._pending[place]) for place in sorted(self._pending))
 
         return background.run(wait())
+
+
+def _check_served(config: Any, model_dir: str | os.PathLike[str]) -> None:
+    """WeightsError for a model that SGLang would load and compute wrongly."""
+    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+    if config.model_type == "qwen3_vl_moe" and len(vision.deepstack_visual_indexes) != 3:
+        raise WeightsError(
+            f"{model_dir}: has {len(vision.deepstack_visual_indexes)} DeepStack layers; SGLang's Qwen3-VL-MoE "
+            "takes exactly three DeepStack layers, as all published ones have"
+        )
+    if config.model_type.endswith("_moe") and (text.mlp_only_layers or text.decoder_sparse_step != 1):
+        raise WeightsError(
+            f"{model_dir}: has layers without experts (mlp_only_layers = {text.mlp_only_layers}, decoder_sparse_step = "
+            f"{text.decoder_sparse_step}); SGLang takes experts for granted in every layer, as all published models have"
+        )
 
 
 async def _all(work: Iterable[Any]) -> list[Any]:

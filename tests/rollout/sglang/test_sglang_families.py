@@ -31,9 +31,12 @@ FAMILIES = ["qwen3_vl", "qwen3_vl_tied", "qwen3_vl_moe", "qwen3", "qwen3_moe", "
 def model(folder: Path, family: str, seed: int) -> Path:
     if family.startswith("qwen3_vl"):
         experts = family.endswith("moe")
-        # sglang's Qwen3-VL-MoE takes three DeepStack layers, as all published ones have.
-        return build_folder(folder, family.endswith("tied"), seed, experts, deepstack=3 if experts else 1)
-    return save(folder, qwen2_5_vl(tied=False, patch=PATCH) if family == "qwen2_5_vl" else config_of(family), seed)
+        # sglang's Qwen3-VL-MoE takes three DeepStack layers, and experts everywhere, as all published ones have.
+        return build_folder(folder, family.endswith("tied"), seed, experts, deepstack=3 if experts else 1, dense=())
+    config = qwen2_5_vl(tied=False, patch=PATCH) if family == "qwen2_5_vl" else config_of(family)
+    if family == "qwen3_moe":
+        config.mlp_only_layers = []
+    return save(folder, config, seed)
 
 
 def published_patches(prompt: Prompt) -> Prompt:
@@ -45,9 +48,13 @@ def published_patches(prompt: Prompt) -> Prompt:
     return replace(prompt, media=replace(prompt.media, pixel_values=pixels))
 
 
-def test_a_model_that_would_kill_the_server_is_refused(expert_folder: Path) -> None:
-    with pytest.raises(WeightsError, match="exactly three DeepStack layers"):
-        SGLangEngine("text", expert_folder, Endpoints("text", "test", ("http://127.0.0.1:9",)))
+@pytest.mark.parametrize(
+    ("deepstack", "reason"), [(1, "exactly three DeepStack layers"), (3, "layers without experts")]
+)
+def test_a_model_that_servers_compute_wrongly_is_refused(tmp_path: Path, deepstack: int, reason: str) -> None:
+    folder = build_folder(tmp_path, tied=False, experts=True, deepstack=deepstack, dense=(1,))
+    with pytest.raises(WeightsError, match=reason):
+        SGLangEngine("text", folder, Endpoints("text", "test", ("http://127.0.0.1:9",)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
