@@ -286,7 +286,7 @@ def _check_served(config: Any, model_dir: str | os.PathLike[str]) -> None:
     if config.model_type.endswith("_moe") and (text.mlp_only_layers or text.decoder_sparse_step != 1):
         raise WeightsError(
             f"{model_dir}: has layers without experts (mlp_only_layers = {text.mlp_only_layers}, decoder_sparse_step = "
-            f"{text.decoder_sparse_step}); SGLang takes experts for granted in every layer, as all published models have"
+            f"{text.decoder_sparse_step}); SGLang expects them in every layer, as all published models have them"
         )
 
 

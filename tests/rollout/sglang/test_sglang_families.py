@@ -49,7 +49,7 @@ def published_patches(prompt: Prompt) -> Prompt:
 
 
 @pytest.mark.parametrize(
-    ("deepstack", "reason"), [(1, "exactly three DeepStack layers"), (3, "layers without experts")]
+    ("deepstack", "reason"), [(1, "exactly three DeepStack"), (3, "layers without experts")]
 )
 def test_a_model_that_servers_compute_wrongly_is_refused(tmp_path: Path, deepstack: int, reason: str) -> None:
     folder = build_folder(tmp_path, tied=False, experts=True, deepstack=deepstack, dense=(1,))
