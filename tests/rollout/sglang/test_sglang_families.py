@@ -48,9 +48,7 @@ def published_patches(prompt: Prompt) -> Prompt:
     return replace(prompt, media=replace(prompt.media, pixel_values=pixels))
 
 
-@pytest.mark.parametrize(
-    ("deepstack", "reason"), [(1, "exactly three DeepStack"), (3, "layers without experts")]
-)
+@pytest.mark.parametrize(("deepstack", "reason"), [(1, "exactly three DeepStack"), (3, "layers without experts")])
 def test_a_model_that_servers_compute_wrongly_is_refused(tmp_path: Path, deepstack: int, reason: str) -> None:
     folder = build_folder(tmp_path, tied=False, experts=True, deepstack=deepstack, dense=(1,))
     with pytest.raises(WeightsError, match=reason):
