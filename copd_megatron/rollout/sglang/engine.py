@@ -277,10 +277,10 @@ class Scoring:
 
 def _check_served(config: Any, model_dir: str | os.PathLike[str]) -> None:
     """WeightsError for a model that SGLang would load and compute wrongly."""
-    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    if config.model_type == "qwen3_vl_moe" and len(vision.deepstack_visual_indexes) != 3:
+    text = config.get_text_config()
+    if config.model_type == "qwen3_vl_moe" and len(tapped := config.vision_config.deepstack_visual_indexes) != 3:
         raise WeightsError(
-            f"{model_dir}: has {len(vision.deepstack_visual_indexes)} DeepStack layers; SGLang's Qwen3-VL-MoE "
+            f"{model_dir}: has {len(tapped)} DeepStack layers; SGLang's Qwen3-VL-MoE "
             "takes exactly three DeepStack layers, as all published ones have"
         )
     if config.model_type.endswith("_moe") and (text.mlp_only_layers or text.decoder_sparse_step != 1):
