@@ -167,7 +167,7 @@ def test_a_resident_teacher_says_what_its_engine_says(root: Path) -> None:
         seen = dict.fromkeys((NATIVE, 0, 1), 0)
         for batch, order in zip(taught, packed.order, strict=True):
             source = int(batch.signals.source[0])
-            seen[source] += any(samples[index].rollout.prompt.images is not None for index in order)
+            seen[source] += any(samples[index].rollout.prompt.media is not None for index in order)
             assert (batch.lesson is None) == (source == NATIVE)
             if batch.lesson is None:
                 continue

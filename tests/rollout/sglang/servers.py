@@ -57,9 +57,18 @@ class RunningServer:
             )
 
     def wait(self) -> None:
-        """Return when it answers; fail with the end of its log if it does not."""
+        """Return when it answers; fail with the end of its log if it does not.
+
+        sglang ends itself when a call of its own takes more than ten seconds while it starts, as on a busy machine; the
+        run's fleet starts such a server again (fleet.py), and so does this, once.
+        """
         deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self.process.poll() is None:
+        started_again = False
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                if started_again:
+                    break
+                self.process, started_again = self._start(), True
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=20) as answer:
                     if answer.status == 200:
