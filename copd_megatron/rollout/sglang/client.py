@@ -118,7 +118,8 @@ class Server:
         if self._session is None:
             headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
             # No redirects are followed and no proxy is read from the environment: the key goes to this address alone.
-            connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
+            # Servers close connections that were idle for five seconds: one must not be used in that very moment.
+            connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, keepalive_timeout=2.0)
             self._session = aiohttp.ClientSession(connector=connector, headers=headers)
         data = None if body is None else orjson.dumps(body)
         timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=_CONNECT_SECONDS)
