@@ -217,9 +217,11 @@ class Branch:
     def export(self) -> None:
         """Write the finished branch as a Hugging Face folder, after its last checkpoint."""
         self._checkpointer.wait()
-        weights = dict(self._policy.named_weights())
+        weights = self._policy.named_weights()
         if self._spokesman is not None:
-            write_folder(self._folder.final(self.own), weights.items(), like=self.config.base, overwrite=True)
+            write_folder(self._folder.final(self.own), weights, like=self.config.base, overwrite=True)
+        for _ in weights:  # every rank takes part to the end
+            pass
 
     def close(self, ending: str) -> None:
         """Show how the branch has ended, close its files and let go of engines and reward workers."""

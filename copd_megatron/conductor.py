@@ -7,7 +7,6 @@ from the newest checkpoint of all branches together.
 from __future__ import annotations
 
 import logging
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from copd_megatron.rollout.sglang.fleet import Fleet
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.run_lock import conductor_lock
+from copd_megatron.signals import heeding
 from copd_megatron.topology import untaught
 from copd_megatron.weights.merge.folders import merge_folders
 
@@ -221,12 +221,8 @@ class _StopRequest:
 @contextmanager
 def _stop_on_signal() -> Iterator[_StopRequest]:
     request = _StopRequest()
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with heeding(request):
         yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

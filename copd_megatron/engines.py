@@ -166,8 +166,9 @@ class Engines:
         """Hand weights over, again and again if need be; `give` tells why it has failed. Raises EngineGone."""
         for _ in range(_HAND_OVERS):
             # Every rank takes part in gathering the shards, and so has to know whether it is done again.
-            reasons = [reason for reason in layout.gather_in_gang(give()) if reason]
-            self._report(layout.gather_in_gang(self._hung()))
+            reports = layout.gather_in_gang((give(), self._hung()))
+            self._report([hung for _, hung in reports])
+            reasons = [reason for reason, _ in reports if reason]
             if not reasons:
                 return
             log.warning("the hand-over of weights is done again: %s", reasons[0])

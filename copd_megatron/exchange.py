@@ -17,7 +17,6 @@ from copd_megatron.errors import PeerLost
 # Seconds between two looks at the store: short at first, because branches in lockstep arrive together.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 _STOP = "stop"
-_EVENTS = "events"
 
 
 def serve(host: str = "127.0.0.1") -> TCPStore:
@@ -94,7 +93,7 @@ class Exchange:
 
     def announce(self, text: str) -> None:
         """Let the conductor know of an event of the whole run; unlike a status none is ever passed over."""
-        self._store.set(f"event/{self._store.add(_EVENTS, 1)}", f"{self.me}/{text}")
+        _Queue(self._store, "event").append(f"{self.me}/{text}")
 
     def agree(self, point: str, word: str, decide: Callable[[dict[str, str]], str]) -> str:
         """The one decision that all branches take at `point`, from the `word` of each.
@@ -136,7 +135,7 @@ class Exchange:
 
     def hung(self, server: str) -> None:
         """Tell the conductor that the server at this address has hung."""
-        self._store.set(f"hung/{self._store.add('hung', 1)}", server)
+        _Queue(self._store, "hung").append(server)
 
     def stop_before(self, step: int) -> None:
         """Have all branches stop before update `step`."""
@@ -205,14 +204,34 @@ def connect(host: str, port: int, me: str) -> Exchange:
     return Exchange(TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60)), me)
 
 
+class _Queue:
+    """Entries that many append and one reads, in order and each once. Reading waits for nobody: a writer may die."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store = store
+        self._name = name
+        self._read = 0
+
+    def append(self, entry: str) -> None:
+        self._store.set(f"{self._name}/{self._store.add(f'{self._name}s', 1)}", entry)
+
+    def new(self) -> list[str]:
+        """What was appended since the last call."""
+        found = []
+        while self._store.check([key := f"{self._name}/{self._read + 1}"]):
+            found.append(self._store.get(key).decode())
+            self._read += 1
+        return found
+
+
 class Supervision:
     """The conductor's side: read what branches say, and tell them to stop."""
 
     def __init__(self, store: Store, branches: Sequence[str]) -> None:
         self._store = store
         self._branches = branches
-        self._told = 0
-        self._heard = 0
+        self._hung = _Queue(store, "hung")
+        self._events = _Queue(store, "event")
 
     def statuses(self) -> dict[str, str]:
         """The newest status line of each branch that has sent one."""
@@ -228,17 +247,12 @@ class Supervision:
 
     def hung(self) -> list[str]:
         """Addresses of servers that branches have reported since the last call as hung."""
-        told, self._told = self._told, self._store.add("hung", 0)
-        return [self._store.get(f"hung/{number}").decode() for number in range(told + 1, self._told + 1)]
+        return self._hung.new()
 
     def events(self) -> list[tuple[str, str]]:
         """(branch, text) of everything announced since the last call, in order."""
-        found = []
-        while self._store.check([key := f"event/{self._heard + 1}"]):
-            branch, _, text = self._store.get(key).decode().partition("/")
-            found.append((branch, text))
-            self._heard += 1
-        return found
+        told = [entry.partition("/") for entry in self._events.new()]
+        return [(branch, text) for branch, _, text in told]
 
     def lost(self, branch: str, reason: str) -> None:
         """Tell the others that a branch is gone."""

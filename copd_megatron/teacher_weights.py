@@ -30,9 +30,11 @@ class TeacherWeights:
         """Let peers have the policy's present weights, unless they do. Collective over the gang."""
         if not self._needed or self._published == self._policy.version:
             return
-        weights = dict(self._policy.named_weights())
+        weights = self._policy.named_weights()
         if self._speaks:
-            self._snapshots.publish(self._own, self._policy.version, weights.items())
+            self._snapshots.publish(self._own, self._policy.version, weights)
+        for _ in weights:  # every rank takes part to the end
+            pass
         self._published = self._policy.version
 
     def forget(self, keep: Collection[int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from copd_megatron.config import save_config
 from copd_megatron.errors import ConfigError, Interrupted
 from copd_megatron.run_folder import RunFolder, mathematical_changes
 from copd_megatron.run_lock import die_with_parent
+from copd_megatron.signals import heeding
 
 
 def is_done(run_dir: Path) -> bool:
@@ -101,12 +101,8 @@ def _passing_on_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]
         came.append(signum)
         process.send_signal(signum)
 
-    previous = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with heeding(hand_on):
         yield came
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _last_line(log: Path) -> str:

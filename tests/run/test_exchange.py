@@ -79,6 +79,19 @@ def test_every_announcement_is_heard_once_and_in_order(conductor):
     assert supervision.events() == [("text", "the end")]
 
 
+def test_servers_that_hang_are_told_of_once_and_a_writer_that_died_holds_nobody_up(conductor):
+    supervision = Supervision(conductor, NAMES)
+    assert supervision.hung() == []
+    branch(conductor, "text").hung("http://10.0.0.1:30000")
+    branch(conductor, "image").hung("http://10.0.0.1:30001")
+    assert supervision.hung() == ["http://10.0.0.1:30000", "http://10.0.0.1:30001"]
+    assert supervision.hung() == []
+    conductor.add("hungs", 1)  # died between taking its number and saying what it had to say
+    began = time.monotonic()
+    assert supervision.hung() == []
+    assert time.monotonic() - began < 5
+
+
 def test_decision_does_not_wait_for_a_lost_peer(conductor):
     supervision = Supervision(conductor, NAMES)
     threading.Timer(0.3, lambda: supervision.lost("image", "killed by signal 9")).start()
