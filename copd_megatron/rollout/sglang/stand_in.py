@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import xxhash
 
 from copd_megatron.policy.platform import declare_torchvision_schemas
 
@@ -47,6 +48,23 @@ def install() -> None:
         if not hasattr(torch.ops.sgl_kernel, name):
             setattr(torch.ops.sgl_kernel, name, _Missing(f"torch.ops.sgl_kernel.{name}"))
     _seeds()
+    _hand_overs()
+
+
+def _hand_overs() -> None:
+    """Two things of sglang's that take longer on a CPU than new weights do, and that are not needed there: a search
+    through all of Python's memory whenever the prefix cache is flushed (CPython does that by itself, as needed), and
+    SHA-256 of every weight, where xxHash tells as well whether two servers hold the same bytes."""
+    from sglang.srt.platforms.cpu import CpuDeviceMixin
+    from sglang.srt.utils import weight_checker
+
+    CpuDeviceMixin.empty_cache = lambda self: None
+    weight_checker._hash_tensor = _hash_tensor
+
+
+def _hash_tensor(tensor: torch.Tensor) -> str:
+    words = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return xxhash.xxh3_128_hexdigest(words.numpy())  # type: ignore[arg-type]
 
 
 def _seeds() -> None:

@@ -14,6 +14,7 @@ import torch
 from plain_inputs import plain_inputs
 from servers import KEY, RunningServer
 from tiny_models import END, IMAGE, TEXT, VIDEO, build_folder
+from xxhash import xxh3_128_hexdigest
 
 from copd_megatron.errors import CopdError, DataError
 from copd_megatron.policy import layout
@@ -177,6 +178,21 @@ def test_new_weights_are_those_that_answer(
     assert_greedy(engine, reference(other_folder), prompts)
     engine.update_weights(HfFolder(folder).tensors(), version=2)
     assert_greedy(engine, reference(folder), prompts)
+
+
+def test_a_servers_checksums_are_of_the_bytes_it_was_given(
+    server: RunningServer, engine: SGLangEngine, folder: Path
+) -> None:
+    asked = Server(server.url, KEY, Limits())
+    ranks = background.run(asked.post("/weights_checker", {"action": "checksum"}))["ranks"]
+    background.run(asked.close())
+    held = {name: value for rank in ranks for name, value in rank["checksums"].items()}
+    given = {name: xxh3_128_hexdigest(tensor.numpy().tobytes()) for name, tensor in HfFolder(folder).tensors()}
+    # sglang joins the first five, and pads the last two.
+    joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
+    alone = {value for name, value in given.items() if not any(part in name for part in joined)}
+    assert len(alone) > 20
+    assert alone <= {*held.values()}
 
 
 def test_a_peer_follows_versions_and_refuses_others(
