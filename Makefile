@@ -11,6 +11,7 @@ SEED ?= 0
 SEEDS ?= 0 1 2
 COMPARISON ?= configs/compare/two_branch.yaml
 JOBS ?= 2
+FAULTS ?= 20
 GIGABYTES ?= 1 4 12
 REPEATS ?= 2
 KERNELS_JSON ?= docs/benchmarks/kernels_cpu.json
@@ -21,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-all compile-gate lint demo compare layouts bench bench-growth bench-merge bench-export \
-    bench-engine bench-kernels clean
+    bench-engine bench-kernels chaos clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +89,9 @@ bench-engine: env ## SGLang's engine beside the embedded one
 
 bench-kernels: env ## kernels: time on a GPU, peak memory on a CPU (KERNELS_JSON=FILE)
 	$(BIN)/python -m copd_kernels.benchmarks --json $(KERNELS_JSON)
+
+chaos: env ## random faults in real runs; their table goes into docs/reliability.md (FAULTS=20, SEED=0; root for some of them)
+	PYTHONPATH=tests/run $(BIN)/python tools/chaos.py --seed $(SEED) --faults $(FAULTS) --json docs/benchmarks/chaos.json --doc docs/reliability.md
 
 clean: ## remove .venv and caches; runs/ is kept
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -7,38 +7,32 @@ from the newest checkpoint of all branches together.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
 from copd_megatron.budget import write_summary
 from copd_megatron.config import RunConfig
-from copd_megatron.errors import ConfigError, CopdError, Interrupted
+from copd_megatron.errors import ConfigError
 from copd_megatron.evaluate.final import evaluate_run
-from copd_megatron.exchange import Supervision, serve
-from copd_megatron.gang import Gang
 from copd_megatron.observe.environment import record_environment
 from copd_megatron.observe.metrics import merge_metrics
 from copd_megatron.observe.pace import RunPlan
 from copd_megatron.observe.progress import Progress
 from copd_megatron.observe.report import build_report
-from copd_megatron.observe.status import BranchStatus
 from copd_megatron.rollout.sglang.fleet import Fleet
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
 from copd_megatron.run_lock import conductor_lock
-from copd_megatron.signals import heeding
+from copd_megatron.supervisor import Supervisor
 from copd_megatron.topology import untaught
 from copd_megatron.weights.merge.folders import merge_folders
 
 log = logging.getLogger(__name__)
-
-_POLL_SECONDS = 0.25
 
 
 def run(config: RunConfig, console: Console, resume_from: int | None = None) -> None:
@@ -118,111 +112,20 @@ def _starting_point(config: RunConfig, folder: RunFolder, names: list[str], resu
 def _train(config: RunConfig, folder: RunFolder, names: list[str], start: int, console: Console) -> None:
     if start:
         console.print(f"{folder.path}: continuing from step {start}")
-    checkpoints = RunCheckpoints(folder, names)
-    store = serve()
-    supervision = Supervision(store, names)
-    fleet = Fleet(config, folder) if config.rollout.engine == "sglang" else None
-    if fleet is not None:
-        fleet.start()
-    gangs = {
-        branch.name: Gang(
-            branch.name,
-            branch.parallel.world,
-            ["--run-dir", str(folder.path), "--branch", branch.name, "--store", f"{store.host}:{store.port}",
-             "--resume", str(start)],
-            folder.branch(branch.name) / "log.txt",
-        )
-        for branch in config.trained
-    }  # fmt: skip
     rhythm = config.rhythm
-    steered = rhythm.kind != "fixed"
-    plan = RunPlan(tuple(names), rhythm.cycles, rhythm.explore_steps, rhythm.exchange_steps, steered)
+    plan = RunPlan(
+        tuple(names), rhythm.cycles, rhythm.explore_steps, rhythm.exchange_steps, steered=rhythm.kind != "fixed"
+    )
+    fleet = Fleet(config, folder) if config.rollout.engine == "sglang" else None
     try:
-        with _stop_on_signal() as stop, Progress(plan, folder.path, console) as progress:
-            _watch(gangs, fleet, supervision, progress, stop)
+        if fleet is not None:
+            fleet.start()
+        with Progress(plan, folder.path, console) as progress:
+            go_back = partial(_starting_point, config, folder, names, None)
+            Supervisor(config, folder, fleet, progress, go_back).train(start)
     finally:
-        for gang in gangs.values():
-            gang.kill()
         if fleet is not None:
             fleet.stop()
-    endings = {name: supervision.ending(name) or "died without a word" for name in names}
-    if all(ending == "done" for ending in endings.values()):
-        return
-    if all(ending in ("done", "interrupted") for ending in endings.values()):
-        raise Interrupted(f"stopped; the same command continues from step {checkpoints.newest()}")
-    raise CopdError(_explain(endings, gangs, checkpoints.newest()))
-
-
-def _watch(
-    gangs: dict[str, Gang], fleet: Fleet | None, supervision: Supervision, progress: Progress, stop: _StopRequest
-) -> None:
-    """Until every gang has ended: pass on status lines, deaths, and the wish to stop; start servers again that died."""
-    running = set(gangs)
-    asked = False
-    while running:
-        _show(supervision, progress)
-        for name in sorted(running):
-            status = gangs[name].poll()
-            if status is None:
-                continue
-            running.remove(name)
-            ending = supervision.ending(name)
-            if status != 0 or ending not in ("done", "interrupted"):
-                reason = ending or f"its process died, exit status {status}"
-                log.error("branch %s: %s", name, reason)
-                progress.event(name, reason)
-                supervision.lost(name, reason)
-        for event in fleet.watch(supervision.hung()) if fleet is not None else ():
-            progress.event("CoPD", event)
-        if stop.requested and not asked:
-            asked = True
-            step = supervision.stop()
-            progress.event("CoPD", f"stopping: all branches save step {step} and end (again to stop at once)")
-        if stop.insisted:
-            return
-        time.sleep(_POLL_SECONDS)
-    _show(supervision, progress)
-
-
-def _show(supervision: Supervision, progress: Progress) -> None:
-    for name, line in supervision.statuses().items():
-        progress.update(name, BranchStatus.from_json(line))
-    for name, event in supervision.events():
-        progress.event(name, event)
-
-
-def _explain(endings: dict[str, str], gangs: dict[str, Gang], step: int) -> str:
-    lines = [f"branch {name}: {ending} (log: {gangs[name].log})" for name, ending in endings.items()]
-    silent = [name for name, ending in endings.items() if ending.startswith("died")]
-    lines += [f"--- end of {gangs[name].log}\n{gangs[name].last_words()}" for name in silent]
-    if not any("--resume-from" in ending for ending in endings.values()):
-        lines.append(f"The same command continues from step {step}.")
-    return "\n".join(lines)
-
-
-class _StopRequest:
-    """How often the user has asked to stop."""
-
-    def __init__(self) -> None:
-        self._count = 0
-
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
-        self._count += 1
-
-    @property
-    def requested(self) -> bool:
-        return self._count > 0
-
-    @property
-    def insisted(self) -> bool:
-        return self._count > 1
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[_StopRequest]:
-    request = _StopRequest()
-    with heeding(request):
-        yield request
 
 
 @contextmanager

@@ -19,6 +19,21 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 _STOP = "stop"
 
 
+def beat_key(branch: str, rank: int) -> str:
+    """Where a rank counts its heartbeats."""
+    return f"beat/{branch}/{rank}"
+
+
+def dump_key(branch: str) -> str:
+    """Where it is counted how often a branch's ranks were asked to print what they do."""
+    return f"dump/{branch}"
+
+
+def refusal_key(branch: str) -> str:
+    """Where a rank says why the run cannot go on."""
+    return f"refused/{branch}"
+
+
 def serve(host: str = "127.0.0.1") -> TCPStore:
     """The conductor's store, on a free port of `host` and of no other address: by itself it would listen on all."""
     listener = socket.socket()
@@ -70,7 +85,7 @@ class Exchange:
         return not self.stopping(step)
 
     def end(self, ending: str) -> None:
-        """Leave a last word: "done", "interrupted", or "failed: reason"; on return the conductor can read it."""
+        """Leave a last word: "done", "interrupted", or what went wrong; on return the conductor can read it."""
         self._say(f"ending/{self.me}", ending)
 
     def meet(self, point: str) -> None:
@@ -244,6 +259,22 @@ class Supervision:
     def ending(self, branch: str) -> str | None:
         """A branch's last word, None if it has not left one."""
         return self._store.get(f"ending/{branch}").decode() if self._store.check([f"ending/{branch}"]) else None
+
+    def refusal(self, branch: str) -> str | None:
+        """Why a rank of `branch` says that the run cannot go on, None if none does."""
+        return self._store.get(refusal_key(branch)).decode() if self._store.check([refusal_key(branch)]) else None
+
+    def beats(self, branch: str, world: int) -> dict[int, int]:
+        """The newest heartbeat of each of a branch's ranks that has begun to beat."""
+        keys = {rank: beat_key(branch, rank) for rank in range(world)}
+        if not self._store.check([*keys.values()]):  # all at once where all are there: one question
+            keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        beats = self._store.multi_get([*keys.values()]) if keys else []
+        return {rank: int(beat) for rank, beat in zip(keys, beats, strict=True)}
+
+    def ask_for_stacks(self, branch: str) -> None:
+        """Have every rank of `branch` that can still do so print what it is doing, into the branch's log."""
+        self._store.add(dump_key(branch), 1)
 
     def hung(self) -> list[str]:
         """Addresses of servers that branches have reported since the last call as hung."""

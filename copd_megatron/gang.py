@@ -8,15 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from copd_megatron.run_lock import die_with_parent
-
 
 class Gang:
     """`world` ranks of `copd_megatron.worker`, started and watched through torch.distributed.elastic's agent.
 
     Each gang has its own rendezvous and so its own world: a branch can fail without a collective of another noticing.
     The new session keeps a Ctrl-C in the terminal from reaching the ranks; the conductor tells them to stop instead.
-    A conductor that is killed takes the gang with it.
+    A conductor that is killed leaves the gang to make a checkpoint and end (switchboard.py).
     """
 
     def __init__(self, branch: str, world: int, arguments: list[str], log: Path) -> None:
@@ -46,7 +44,6 @@ class Gang:
                 stdin=subprocess.DEVNULL,
                 env={**environment, **os.environ},
                 start_new_session=True,
-                preexec_fn=die_with_parent,
             )
 
     def poll(self) -> int | None:

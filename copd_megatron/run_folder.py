@@ -20,6 +20,7 @@ FREE = (
     "rollout.engine",
     "rollout.max_rows",
     "rollout.sglang",
+    "supervision",
     "teacher.where",
     "teacher.wait_seconds",
 )

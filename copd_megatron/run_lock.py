@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,11 +37,17 @@ def conductor_lock(run_dir: Path) -> Iterator[None]:
             raise CopdError(f"{run_dir}: another `copd train` is running on this run directory; wait for it or stop it")
         if not _acquire(workers.fileno(), _PATIENCE_SECONDS):
             raise CopdError(
-                f"{run_dir}: processes of an earlier `copd train` are still at work (`ps` shows them as "
-                "copd_megatron.worker); stop them and start again"
+                f"{run_dir}: ranks of an earlier `copd train` that is gone are still at work (`ps` shows them as "
+                "copd_megatron.worker): they make a checkpoint and end; start again when they have"
             )
         fcntl.flock(workers, fcntl.LOCK_UN)
         yield
+
+
+def wait_for_workers(run_dir: Path, patience: float) -> bool:
+    """Whether no rank is at work in `run_dir` any more, within `patience` seconds."""
+    with open(run_dir / ".workers.lock", "a") as workers:
+        return _acquire(workers.fileno(), patience)
 
 
 def hold_worker_lock(run_dir: Path) -> int:
@@ -58,6 +65,20 @@ def die_with_parent() -> None:
     """Have the system kill this process when its parent dies, even by `kill -9` (Linux; elsewhere nothing happens)."""
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def outlive_parent_for_workers(run_dir: Path, patience: float) -> None:
+    """When its parent dies, let this process group live until no rank is at work in `run_dir` any more, or for
+    `patience` seconds, and then kill it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        wait_for_workers(run_dir, patience)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _acquire(descriptor: int, patience: float) -> bool:

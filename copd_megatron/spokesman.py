@@ -129,7 +129,7 @@ class Spokesman:
 
     def close(self, ending: str) -> None:
         """Show the ending and close the files."""
-        self.say(state="failed" if ending.startswith("failed") else "done")
+        self.say(state="done" if ending in ("done", "interrupted") else "failed")
         self._metrics.close()
         self.timeline.close()
 

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from copd_megatron.errors import CopdError, Interrupted
+from copd_megatron.errors import CopdError, Interrupted, PeerLost
 from copd_megatron.run_lock import die_with_parent, hold_worker_lock
 
 
@@ -32,12 +32,15 @@ def main() -> int:
 
     platform.prepare()
 
+    from copd_megatron import heartbeat
     from copd_megatron.exchange import connect
     from copd_megatron.opening import open_branch
     from copd_megatron.train import train
 
     host, port = arguments.store.rsplit(":", 1)
-    exchange = connect(host, int(port), arguments.branch) if int(os.environ.get("RANK", "0")) == 0 else None
+    rank = int(os.environ.get("RANK", "0"))
+    heart = heartbeat.connect(host, int(port), arguments.branch, rank)
+    exchange = connect(host, int(port), arguments.branch) if rank == 0 else None
     branch = None
     try:
         branch = open_branch(arguments.run_dir, arguments.branch, exchange, arguments.resume)
@@ -46,17 +49,21 @@ def main() -> int:
         ending = "done"
     except Interrupted:
         ending = "interrupted"
+    except PeerLost as error:
+        logging.getLogger(__name__).error("%s", error)
+        ending = f"lost: {error}"
     except CopdError as error:
         logging.getLogger(__name__).error("%s", error)
         ending = f"failed: {error}"
+        heart.refuse(str(error))
     except BaseException as error:
         logging.getLogger(__name__).exception("branch %s", arguments.branch)
-        ending = f"failed: {type(error).__name__}: {error}"
+        ending = f"crashed: {type(error).__name__}: {error}"
     if exchange is not None:  # first of all: when one rank ends with a failure, the others have little time left
         exchange.end(ending)
     if branch is not None:
         branch.close(ending)
-    return int(ending.startswith("failed"))
+    return int(ending not in ("done", "interrupted"))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from copd_megatron.errors import ConfigError
 
 KEY_VARIABLE = "COPD_SGLANG_API_KEY"
 """Environment variable with the API key of external servers."""
+RUN_VARIABLE = "COPD_RUN_DIR"
+"""Environment variable with the folder of the run that a server belongs to."""
 
 BASE = "base"
 """Stands among the branches for the servers that keep the base's weights."""

@@ -12,6 +12,7 @@ from copd_megatron.config.branches import BranchConfig, DataConfig, Topology
 from copd_megatron.config.engines import BASE, RolloutConfig, frozen_group
 from copd_megatron.config.rhythm import RhythmConfig
 from copd_megatron.config.section import Section
+from copd_megatron.config.supervision import SupervisionConfig
 from copd_megatron.config.training import (
     CheckpointConfig,
     EvalConfig,
@@ -71,6 +72,8 @@ class RunConfig(Section):
     """The final merge."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    supervision: SupervisionConfig = SupervisionConfig()
+    """What counts as a failure, and how often the run goes on by itself after one."""
     data: DataConfig = DataConfig()
     """Common data settings."""
     eval: EvalConfig = EvalConfig()

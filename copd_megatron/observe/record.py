@@ -13,6 +13,7 @@ import yaml
 
 from copd_megatron.errors import CopdError
 from copd_megatron.observe.environment import read_environments
+from copd_megatron.observe.events import read_events
 from copd_megatron.observe.jsonl import Line
 from copd_megatron.observe.metrics import read_metrics
 from copd_megatron.observe.results import Evaluation, read_evaluation
@@ -60,6 +61,7 @@ class RunRecord:
     environments: list[dict[str, Any]]
     config_text: str | None
     config: dict[str, Any]
+    events: list[dict[str, str]]
 
     @property
     def name(self) -> str:
@@ -161,6 +163,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunRecord:
         environments=read_environments(folder),
         config_text=config_text,
         config=_parsed(config_path, config_text),
+        events=read_events(folder),
     )
 
 

@@ -22,6 +22,7 @@ from copd_megatron.observe.report_tables import (
     accuracy_table,
     counter_table,
     drift_table,
+    failure_table,
     summary_table,
     switch_table,
 )
@@ -99,6 +100,7 @@ def one_run(record: RunRecord, plots: Plots) -> list[Section]:
             table=counter_table(record),
             missing="not recorded: count/*",
         ),
+        *_failures(record),
         Section(
             "environment",
             "Environment",
@@ -162,6 +164,11 @@ def _switches(record: RunRecord) -> list[Section]:
             missing="no phase has ended yet",
         )
     ]
+
+
+def _failures(record: RunRecord) -> list[Section]:
+    table = failure_table(record)
+    return [Section("failures", "Failures and recoveries", "From events.jsonl.", table=table)] if table else []
 
 
 def _accuracy(record: RunRecord, plots: Plots) -> Section:

@@ -126,6 +126,16 @@ def counter_table(record: RunRecord) -> Table | None:
     return Table(("event", *record.branches), tuple(rows))
 
 
+def failure_table(record: RunRecord, shown: int = 200) -> Table | None:
+    """What failed and what was done about it, in order; of very many only the last."""
+    told = [event for event in record.events if event["kind"] in ("warning", "failure", "recovery", "stop")]
+    rows = tuple(
+        (event["time"][:19].replace("T", " "), event["source"], event["kind"], event["text"].split("\n")[0])
+        for event in told[-shown:]
+    )
+    return Table(("time (UTC)", "where", "what", "text"), rows) if rows else None
+
+
 def accuracy_table(models: Sequence[ModelResult]) -> Table | None:
     """Accuracy and 95% interval, in percent, of every model."""
     capabilities = dict.fromkeys(name for model in models for name in model.capabilities)

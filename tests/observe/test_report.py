@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from base64 import b64decode
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import pytest
 from simulated_run import write_evaluation, write_run
 
 from copd_megatron.errors import CopdError
+from copd_megatron.observe.events import EventLog
 from copd_megatron.observe.metrics import MetricsWriter, metrics_path
 from copd_megatron.observe.plots import FIGURES, draw_curves, moving_average
 from copd_megatron.observe.plots_results import time_split, timeline_steps
 from copd_megatron.observe.record import Period, read_run
 from copd_megatron.observe.report import build_report, distinct_names
-from copd_megatron.observe.report_tables import counter_table, drift_table, switch_table
+from copd_megatron.observe.report_tables import counter_table, drift_table, failure_table, switch_table
 
 PLOTS = {"accuracy", "reward", "drift", "support", "heldout", "health", "distillation", "speed", "time", "timeline"}
 
@@ -117,6 +119,23 @@ def test_ends_of_steered_phases_are_listed_with_their_reasons(tmp_path: Path) ->
     page = page_of(build_report(run))
     assert "Ends of phases" in page
     assert "it rose" in page
+
+
+def test_failures_are_listed_with_what_was_done_about_them(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    tell = EventLog(run)
+    tell("CoPD", "start", "training from step 0")
+    tell("text", "failure", "died without a word, exit status 1\nand more")
+    tell("CoPD", "recovery", "all branches go on from step 5")
+    with open(run / "events.jsonl", "a") as file:
+        file.write('{"time": "cut off')
+    assert [row[1:] for row in failure_table(read_run(run)).rows] == [
+        ("text", "failure", "died without a word, exit status 1"),
+        ("CoPD", "recovery", "all branches go on from step 5"),
+    ]
+    assert "all branches go on from step 5" in page_of(build_report(run))
+    assert "Failures and recoveries" not in page_of(finished / "report.html")
 
 
 def test_counters_add_up_and_uncounted_is_not_zero(finished: Path) -> None:

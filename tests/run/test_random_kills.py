@@ -1,7 +1,7 @@
-"""Killed anywhere, the same command again ends in the same bits.
+"""Killed anywhere, the run ends in the same bits: by itself, or by the same command again if it was the conductor.
 
 Each seed draws who dies, in which step, and how long after its beginning; some wait for what shows on disk that a
-checkpoint or a weight sync is under way. Three of them run always, seven more with the slow tests.
+checkpoint or a weight sync is under way. Two of them run always, eight more with the slow tests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from tiny_run import Command, comparable
 
 KINDS = ("checkpoint write", "Phase II", "weight sync", "commit", "Phase I")
-SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 3 else []) for seed in range(10)]
+SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 2 else []) for seed in range(10)]
 
 
 def under_way(kind: str, run: Path, step: int) -> Callable[[], bool]:
@@ -55,7 +55,7 @@ def wait_for(condition: Callable[[], bool], process: object) -> None:
 def test_killed_run_ends_in_the_same_bits(command: Command, undisturbed: Command, seed: int) -> None:
     draw = random.Random(seed)
     kind = KINDS[seed % len(KINDS)]
-    victim = draw.choice(["text", "image", "everything"])
+    victim = draw.choice(["text", "image", "conductor"])
     process = command.start()
     if kind.startswith("Phase"):
         done = draw.choice([0, 1, 2] if kind == "Phase I" else [3, 4, 5])  # updates before the one that is hit
@@ -67,17 +67,17 @@ def test_killed_run_ends_in_the_same_bits(command: Command, undisturbed: Command
         time.sleep(draw.choice([0, draw.uniform(0, 0.05)]))
 
     family = psutil.Process(process.pid).children(recursive=True)
-    if victim == "everything":
-        os.killpg(process.pid, signal.SIGKILL)
+    if victim == "conductor":
+        process.kill()
     else:
         command.rank(victim).send_signal(signal.SIGKILL)
     status, output = command.finish(process)
-    assert status == (-signal.SIGKILL if victim == "everything" else 1), output
-    assert not (command.run / "merged").exists(), "the run had already ended"
-    for step in command.checkpoints().steps():
-        assert command.checkpoints().problem(step, contents=True) is None
-
-    status, output = command.finish()
+    if victim == "conductor":
+        assert status == -signal.SIGKILL, output
+        assert not (command.run / "merged").exists(), "the run had already ended"
+        status, output = command.finish()
+    else:
+        assert "all branches go on from step" in output, "the run had already ended"
     assert status == 0, output
     assert not [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
     assert command.weights() == undisturbed.weights()

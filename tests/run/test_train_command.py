@@ -8,6 +8,7 @@ import yaml
 from tiny_run import Command, comparable
 
 from copd_megatron.data.prompts import load_processor
+from copd_megatron.observe.events import read_events
 
 
 def test_run_leaves_everything_a_user_expects(undisturbed):
@@ -92,22 +93,36 @@ def test_branch_that_cannot_start_tells_the_reason(tmp_path, base):
 
 
 @pytest.mark.parametrize(("branch", "phase"), [("text", "explore"), ("image", "exchange")])
-def test_killed_rank_and_the_same_command_again_end_in_the_same_bits(command, undisturbed, branch, phase):
+def test_run_goes_on_by_itself_after_a_rank_is_killed(command, undisturbed, branch, phase):
     process = command.start()
     command.wait_for(process, branch, lambda lines: any(line["phase"] == phase for line in lines))
     command.rank(branch).send_signal(signal.SIGKILL)
     status, output = command.finish(process)
+    assert status == 0, output
+    assert f"{branch}: died without a word" in output
+    assert "all branches go on from step" in output
+    assert command.weights() == undisturbed.weights()
+    for name in ("text", "image"):
+        assert comparable(command.lines(name)) == comparable(undisturbed.lines(name))
+    kinds = [event["kind"] for event in read_events(command.run)]
+    assert kinds == ["start", "failure", "recovery", "start", "end"]
+
+
+def test_run_that_may_not_start_again_stops_with_the_reason_and_the_same_command_goes_on(tmp_path, base, undisturbed):
+    command = Command(tmp_path, base, supervision={"max_restarts": 0})
+    process = command.start()
+    command.wait_for(process, "text", lambda lines: bool(command.checkpoints().steps()))
+    command.rank("text").send_signal(signal.SIGKILL)
+    status, output = command.finish(process)
     assert status == 1
-    assert f"branch {branch}" in output
+    assert "branch text: died without a word" in output
     assert "same command continues from step" in output
     assert not (command.run / "merged").exists()
 
     status, output = command.finish()
     assert status == 0, output
-    assert "continuing from step" in output or phase == "explore"
+    assert "continuing from step" in output
     assert command.weights() == undisturbed.weights()
-    for name in ("text", "image"):
-        assert comparable(command.lines(name)) == comparable(undisturbed.lines(name))
 
 
 def test_interrupt_saves_all_branches_at_one_step_and_resumes_to_the_same_bits(command, undisturbed):

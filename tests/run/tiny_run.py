@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -42,10 +42,10 @@ class Command:
         self.config = folder / "config.yaml"
         self.config.write_text(yaml.safe_dump({**TINY, "base": str(base), "run_dir": str(self.run), **changes}))
 
-    def start(self, *options: str) -> subprocess.Popen[str]:
-        """The command in the background, in a process group of its own."""
+    def start(self, *options: str, within: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """The command in the background, in a process group of its own; `within` is a command that starts another."""
         return subprocess.Popen(
-            [sys.executable, "-m", "copd_megatron.cli", "train", str(self.config), *options],
+            [*within, sys.executable, "-m", "copd_megatron.cli", "train", str(self.config), *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

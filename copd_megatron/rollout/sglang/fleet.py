@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 
 from copd_megatron.config import RunConfig
-from copd_megatron.config.engines import BASE, KEY_VARIABLE
+from copd_megatron.config.engines import BASE, KEY_VARIABLE, RUN_VARIABLE
 from copd_megatron.errors import CopdError
 from copd_megatron.rollout.sglang.endpoints import Endpoints, write_endpoints
 from copd_megatron.run_folder import RunFolder
-from copd_megatron.run_lock import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,6 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 env=self.environment,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
             )
         self.starts += 1
         self.started = time.monotonic()
@@ -184,6 +182,7 @@ class Fleet:
             **os.environ,
             "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "copd_megatron.rollout.sglang.processors",
             KEY_VARIABLE: key,
+            RUN_VARIABLE: str(self._folder.path.absolute()),
         }
         log = (self._folder.path if branch == BASE else self._folder.branches) / branch / f"server_{number}.log"
         process = ServerProcess(branch, f"http://{settings.host}:{port}", command, environment, log)

@@ -8,21 +8,28 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from copd_megatron.config.engines import KEY_VARIABLE
+from copd_megatron.config.engines import KEY_VARIABLE, RUN_VARIABLE
 from copd_megatron.rollout.sglang import stand_in
-from copd_megatron.run_lock import die_with_parent
+from copd_megatron.run_lock import die_with_parent, outlive_parent_for_workers
+
+_SAVE_SECONDS = 1800.0
+"""How long a server goes on serving at most when the run's conductor is gone."""
 
 if not torch.cuda.is_available():
     stand_in.install()
 
 
 def main(arguments: list[str]) -> None:
-    """Serve until the process is ended, or its parent is."""
-    die_with_parent()
+    """Serve until the process is ended, or its parent is; then until the run's branches have saved and ended."""
+    if run := os.environ.get(RUN_VARIABLE):
+        outlive_parent_for_workers(Path(run), _SAVE_SECONDS)
+    else:
+        die_with_parent()
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
 
