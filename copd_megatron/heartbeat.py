@@ -13,6 +13,8 @@ from torch.distributed import Store, TCPStore
 from copd_megatron.exchange import beat_key, dump_key, refusal_key
 
 BEAT_SECONDS = 2.0
+_LOST_SECONDS = 300.0
+"""Without an answer of the store for this long a rank ends: conductor and store may both be gone without a word."""
 
 
 class Heartbeat:
@@ -34,6 +36,7 @@ class Heartbeat:
     def _beat(self) -> None:
         answered, pause = 0, threading.Event()
         for count in range(sys.maxsize):
+            faulthandler.dump_traceback_later(_LOST_SECONDS, exit=True)
             try:
                 self._store.set(beat_key(self._branch, self._rank), str(count))
                 asked = self._store.add(dump_key(self._branch), 0)
