@@ -1,5 +1,7 @@
 """What branches tell each other, with real stores and threads in the place of processes."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -8,8 +10,9 @@ import pytest
 import torch
 
 from copd_megatron.errors import PeerLost, WeightsError
-from copd_megatron.exchange import Supervision, connect, serve
+from copd_megatron.exchange import Supervision, beat_key, connect, serve
 from copd_megatron.snapshots import Snapshots
+from copd_megatron.switchboard import Switchboard
 
 NAMES = ["text", "image"]
 
@@ -157,6 +160,41 @@ def test_endings_and_statuses_reach_the_conductor(conductor):
     text.end("done")
     assert supervision.statuses() == {"text": '{"phase": "explore"}'}
     assert supervision.ending("text") == "done"
+
+
+def test_heartbeats_are_those_of_the_ranks_that_have_begun_to_beat(conductor):
+    supervision = Supervision(conductor, ["text", "image"])
+    assert supervision.beats("text", 3) == {}
+    conductor.set(beat_key("text", 2), "7")
+    assert supervision.beats("text", 3) == {2: 7}
+    for rank in range(3):
+        conductor.set(beat_key("text", rank), str(10 + rank))
+    assert supervision.beats("text", 3) == {0: 10, 1: 11, 2: 12}
+    assert supervision.beats("image", 1) == {}
+
+
+def test_a_rank_beats_tells_why_the_run_cannot_go_on_and_ends_with_the_store(tmp_path):
+    rank = (
+        "import sys, time; from copd_megatron import heartbeat\n"
+        "heartbeat.connect('127.0.0.1', int(sys.argv[1]), 'text', 1).refuse('the data are wrong'); time.sleep(200)"
+    )
+    switchboard = Switchboard(tmp_path, ["text"], patience=5.0, log=tmp_path / "log.txt")
+    supervision = Supervision(switchboard.store, ["text"])
+    assert supervision.refusal("text") is None
+    process = subprocess.Popen([sys.executable, "-c", rank, switchboard.address.rsplit(":", 1)[1]])
+    try:
+        beats = set()
+        while len(beats) < 3:
+            beats |= set(supervision.beats("text", 2).items())
+            assert process.poll() is None
+            time.sleep(0.1)
+        assert {rank for rank, _ in beats} == {1}
+        assert supervision.refusal("text") == "the data are wrong"
+        switchboard.close()
+        assert process.wait(60) == 1
+    finally:
+        process.kill()
+        switchboard.close()
 
 
 def test_snapshot_returns_the_published_bits_and_forgets_old_versions(tmp_path):

@@ -56,6 +56,7 @@ def test_a_rank_that_was_cut_off_comes_back(liveness: Liveness, clock: Clock) ->
     assert "no sign of life from rank 0" in liveness.notices()[0][1]
     liveness.hear("text", "train", False, {0: 2})
     assert liveness.notices() == [("text", "rank 0 is back")]
+    assert liveness.notices() == []
     assert liveness.failures() == []
 
 
