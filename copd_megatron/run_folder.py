@@ -15,6 +15,7 @@ FREE = (
     "run_dir",
     "log",
     "checkpoint",
+    "cluster",
     "data.reward_workers",
     "precision.max_tokens_per_microbatch",
     "rollout.engine",
@@ -43,6 +44,8 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.log = self.path / "run.log"
         self.endpoints = self.path / "endpoints.json"
+        self.slurm = self.path / "slurm"
+        self.status = self.path / "status.json"
 
     def branch(self, name: str) -> Path:
         """Everything one branch writes."""

@@ -7,8 +7,10 @@ from typing import get_args
 from pydantic import Field, model_validator
 
 from copd_kernels.arguments import MAX_K
+from copd_megatron.cluster import placement
 from copd_megatron.config import methods
 from copd_megatron.config.branches import BranchConfig, DataConfig, Topology
+from copd_megatron.config.cluster import ClusterConfig
 from copd_megatron.config.engines import BASE, RolloutConfig, frozen_group
 from copd_megatron.config.rhythm import RhythmConfig
 from copd_megatron.config.section import Section
@@ -80,6 +82,8 @@ class RunConfig(Section):
     """The final table."""
     log: LogConfig = LogConfig()
     """Measurements along the way."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Where the run's processes are."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -102,6 +106,11 @@ class RunConfig(Section):
         self._teachers()
         if self.rollout.engine == "sglang":
             self._servers(names)
+        if self.cluster.launcher == "slurm":
+            try:
+                placement.check(self)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.precision.max_tokens_per_microbatch:
             raise ValueError(
