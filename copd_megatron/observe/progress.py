@@ -25,6 +25,7 @@ from rich.text import Text
 
 from copd_megatron.observe.pace import Pace, RunPlan
 from copd_megatron.observe.status import STATES, BranchStatus
+from copd_megatron.observe.status_file import StatusFile
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Progress:
     """Shows a run. Use as a context manager and call `update` from the process that hears from the branches.
 
     While it is on a terminal, other output must go through `console` (logging: rich.logging.RichHandler(console=…)).
-    `every`: steps between two lines of a branch where stdout is not a terminal.
+    `note` is told all that is shown. `every`: steps between two lines of a branch where stdout is not a terminal.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Progress:
         console: Console | None = None,
         every: int = 10,
         clock: Callable[[], float] = time.monotonic,
+        note: StatusFile | None = None,
     ) -> None:
+        self._note = note
         self.console = console or Console()
         self._plan = plan
         self._run_dir = str(run_dir)
@@ -93,6 +96,8 @@ class Progress:
             if status.reward is not None and (before is None or before.step != status.step):
                 smooth = self._rewards[branch]
                 smooth.append(smooth[-1] + SMOOTHING * (status.reward - smooth[-1]) if smooth else status.reward)
+            if self._note is not None:
+                self._note.observe({branch: status}, self._pace.seconds_left())
         if self._live is None and _is_due(before, status, self._every, self._plan.steps):
             self._print_plain(branch, self._plain(branch))
         if status.event is not None and status.event != self._shown_events.get(branch):
