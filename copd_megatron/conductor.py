@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from copd_megatron.budget import write_summary
+from copd_megatron.cluster.site import open_site
 from copd_megatron.config import RunConfig
 from copd_megatron.errors import ConfigError
 from copd_megatron.evaluate.final import evaluate_run
@@ -24,6 +25,7 @@ from copd_megatron.observe.metrics import merge_metrics
 from copd_megatron.observe.pace import RunPlan
 from copd_megatron.observe.progress import Progress
 from copd_megatron.observe.report import build_report
+from copd_megatron.observe.status_file import StatusFile
 from copd_megatron.rollout.sglang.fleet import Fleet
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
@@ -56,7 +58,7 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
     folder = RunFolder(config.run_dir)
     changes = folder.open(config)
     names = [branch.name for branch in config.trained]
-    with conductor_lock(folder.path), _log_file(folder.log):
+    with conductor_lock(folder.path), _log_file(folder.log), StatusFile(folder.status).told() as note:
         record_environment(folder.path)
         for name in untaught(config.edges, names):
             log.info("branch %s has no teacher: its Phase II is reinforcement learning alone", name)
@@ -72,8 +74,10 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
             if changes:
                 folder.adopt(config)
                 console.print("continuing with other settings (before -> now): " + "; ".join(changes))
-            _train(config, folder, names, start, console)
+            note.enter("training")
+            _train(config, folder, names, start, console, note)
         if len(names) > 1 and not folder.merged.exists():
+            note.enter("merging")
             merge_folders(
                 [folder.final(name) for name in names],
                 out=folder.merged,
@@ -83,6 +87,7 @@ def run(config: RunConfig, console: Console, resume_from: int | None = None) -> 
             )
             console.print(f"merged model: {folder.merged}")
         if not folder.evaluation.exists():
+            note.enter("evaluating")
             evaluate_run(config, folder, console)
         merge_metrics(folder.path)
         write_summary(config, folder)
@@ -109,20 +114,23 @@ def _starting_point(config: RunConfig, folder: RunFolder, names: list[str], resu
     return start
 
 
-def _train(config: RunConfig, folder: RunFolder, names: list[str], start: int, console: Console) -> None:
+def _train(
+    config: RunConfig, folder: RunFolder, names: list[str], start: int, console: Console, note: StatusFile
+) -> None:
     if start:
         console.print(f"{folder.path}: continuing from step {start}")
     rhythm = config.rhythm
     plan = RunPlan(
         tuple(names), rhythm.cycles, rhythm.explore_steps, rhythm.exchange_steps, steered=rhythm.kind != "fixed"
     )
-    fleet = Fleet(config, folder) if config.rollout.engine == "sglang" else None
+    site = open_site(config, folder)
+    fleet = Fleet(config, folder, site) if config.rollout.engine == "sglang" else None
     try:
         if fleet is not None:
             fleet.start()
-        with Progress(plan, folder.path, console) as progress:
+        with Progress(plan, folder.path, console, note=note) as progress:
             go_back = partial(_starting_point, config, folder, names, None)
-            Supervisor(config, folder, fleet, progress, go_back).train(start)
+            Supervisor(config, folder, site, fleet, progress, go_back).train(start)
     finally:
         if fleet is not None:
             fleet.stop()

@@ -43,14 +43,14 @@ def serve(host: str = "127.0.0.1") -> TCPStore:
     return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def address(store: TCPStore) -> dict[str, str]:
-    """The environment in which processes of one world find each other at `store`, as torchrun's workers do.
+def address(host: str, port: int) -> dict[str, str]:
+    """The environment in which processes of one world find each other at a store, as torchrun's workers do.
 
     The store is there before they are: a port that the first of them had to open could be taken by then.
     """
     return {
-        "MASTER_ADDR": store.host,
-        "MASTER_PORT": str(store.port),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
@@ -214,9 +214,14 @@ class Exchange:
                 raise PeerLost(f"branch {self.me!r} stops: its peer {peer!r} is gone ({reason})")
 
 
+def reach(host: str, port: int) -> TCPStore:
+    """The conductor's store, from another process."""
+    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
+
+
 def connect(host: str, port: int, me: str) -> Exchange:
     """The side of branch `me`, connected to the conductor's store."""
-    return Exchange(TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60)), me)
+    return Exchange(reach(host, port), me)
 
 
 class _Queue:

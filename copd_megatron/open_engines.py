@@ -17,12 +17,13 @@ from copd_megatron.run_folder import RunFolder
 
 
 class OpenEngines:
-    """Opens engines for branch `own`."""
+    """Opens engines for branch `own`; servers on other nodes reach its rank 0 at `host`."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, own: str) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, own: str, host: str | None = None) -> None:
         self._config = config
         self._folder = folder
         self._own = own
+        self._host = host
         self._shared = config.rollout.engine == "sglang"
         self._endpoints = read_endpoints(folder.endpoints) if self._shared else {}
 
@@ -63,5 +64,5 @@ class OpenEngines:
         if settings.transport == "files":
             return Files(size, self._folder.branches.resolve() / group / "handover")
         if settings.transport == "broadcast":
-            return Broadcast(size, settings.address or settings.host)
+            return Broadcast(size, settings.address or self._host or settings.host)
         return SharedMemory(size)

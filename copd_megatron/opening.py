@@ -39,10 +39,10 @@ from copd_megatron.spokesman import Spokesman
 from copd_megatron.steering.steered import SteeredRhythm
 
 
-def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> Branch:
+def open_branch(run: str, name: str, exchange: Exchange | None, resume: int, host: str | None = None) -> Branch:
     """This rank's part of branch `name`, at checkpoint `resume` (0: the base). Called by every rank of the gang.
 
-    Rank 0 brings the `exchange`.
+    Rank 0 brings the `exchange`. `host` is its node's address where other nodes take part.
     """
     torch.set_num_threads(1)
     folder = RunFolder(run)
@@ -66,7 +66,7 @@ def open_branch(run: str, name: str, exchange: Exchange | None, resume: int) -> 
     saved = _load(policy, config, folder, name, resume) if resume else None
     actor = probe = frozen = spokesman = None
     if layout.is_replica_leader():
-        engines = OpenEngines(config, folder, name)
+        engines = OpenEngines(config, folder, name, host)
         actor, probe = _open_actor(config, name, engines)
         frozen = engines.frozen() if actor.sends else None
         if saved is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from copd_megatron.cluster.site import Site
 from copd_megatron.config import RunConfig
 from copd_megatron.errors import CopdError, Interrupted
 from copd_megatron.exchange import Supervision
@@ -41,8 +42,15 @@ class Supervisor:
     returns that checkpoint's step."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, fleet: Fleet | None, progress: Progress, go_back: Callable[[], int]
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        site: Site,
+        fleet: Fleet | None,
+        progress: Progress,
+        go_back: Callable[[], int],
     ) -> None:
+        self._site = site
         self._config = config
         self._folder = folder
         self._fleet = fleet
@@ -60,7 +68,7 @@ class Supervisor:
         with _stop_on_signal() as stop:
             while True:
                 self._tell("CoPD", "start", f"training from step {start}")
-                attempt = _Attempt(self._config, self._folder, self._fleet, self._progress, self._tell)
+                attempt = _Attempt(self._config, self._folder, self._site, self._fleet, self._progress, self._tell)
                 reason = attempt.run(start, stop)
                 newest = self._checkpoints.newest()
                 if reason is None:
@@ -85,16 +93,18 @@ class _Attempt:
         self,
         config: RunConfig,
         folder: RunFolder,
+        site: Site,
         fleet: Fleet | None,
         progress: Progress,
         tell: Callable[[str, Kind, str], None],
     ) -> None:
         self._folder = folder
+        self._site = site
         self._fleet = fleet
         self._progress = progress
         self._tell = tell
         names = [branch.name for branch in config.trained]
-        self._switchboard = Switchboard(folder.path, names, config.supervision.stall_seconds, folder.log)
+        self._switchboard = Switchboard(folder.path, names, config.supervision.stall_seconds, folder.log, site.address)
         self._supervision = Supervision(self._switchboard.store, names)
         self._liveness = Liveness(names, config.supervision)
         self._worlds = {branch.name: branch.parallel.world for branch in config.trained}
@@ -109,8 +119,8 @@ class _Attempt:
         Raises Interrupted if all have saved and stopped, CopdError for what another start would not change.
         """
         try:
-            for name, world in self._worlds.items():
-                self._start(name, world, start)
+            for name in self._worlds:
+                self._start(name, start)
             self._watch(stop)
         except RuntimeError as error:  # of the store
             self._tell("CoPD", "failure", f"the process that branches talk through is gone ({error})")
@@ -128,10 +138,10 @@ class _Attempt:
             raise Interrupted(f"stopped; the same command continues from step {step}")
         return self._explain()
 
-    def _start(self, name: str, world: int, step: int) -> None:
+    def _start(self, name: str, step: int) -> None:
         arguments = ["--run-dir", str(self._folder.path), "--branch", name]
         arguments += ["--store", self._switchboard.address, "--resume", str(step)]
-        self._gangs[name] = Gang(name, world, arguments, self._folder.branch(name) / "log.txt")
+        self._gangs[name] = self._site.gang(name, arguments)
 
     def _watch(self, stop: _StopRequest) -> None:
         """Until every gang has ended, or has had time for its last words after one has failed."""

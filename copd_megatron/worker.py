@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def main() -> int:
     parser.add_argument("--branch", required=True, help="name of the branch")
     parser.add_argument("--store", required=True, help="HOST:PORT of the conductor's store")
     parser.add_argument("--resume", type=int, required=True, help="checkpoint step to go on from, 0 for the base")
+    parser.add_argument("--rank0-host", help="started by srun: the address of rank 0's node")
+    parser.add_argument("--gang", help="started by srun: a name of this start of the gang")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
@@ -32,18 +35,33 @@ def main() -> int:
 
     platform.prepare()
 
+    from copd_megatron.cluster.rendezvous import joined
+    from copd_megatron.exchange import reach
+
+    host, port = arguments.store.rsplit(":", 1)[0], int(arguments.store.rsplit(":", 1)[1])
+    if arguments.rank0_host:
+        # Slurm tells all tasks of a job that is to end with SIGTERM; what comes of it is the conductor's decision. (Not
+        # SIG_IGN, which processes started from here would inherit.)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        rank, world, node = (os.environ.get(f"SLURM{name}") for name in ("_PROCID", "_NTASKS", "D_NODENAME"))
+        logging.info("branch %s, rank %s of %s on %s", arguments.branch, rank, world, node)
+        with joined(reach(host, port), arguments.gang, arguments.rank0_host):
+            return _train(arguments, host, port)
+    return _train(arguments, host, port)
+
+
+def _train(arguments: argparse.Namespace, host: str, port: int) -> int:
     from copd_megatron import heartbeat
     from copd_megatron.exchange import connect
     from copd_megatron.opening import open_branch
     from copd_megatron.train import train
 
-    host, port = arguments.store.rsplit(":", 1)
     rank = int(os.environ.get("RANK", "0"))
-    heart = heartbeat.connect(host, int(port), arguments.branch, rank)
-    exchange = connect(host, int(port), arguments.branch) if rank == 0 else None
+    heart = heartbeat.connect(host, port, arguments.branch, rank)
+    exchange = connect(host, port, arguments.branch) if rank == 0 else None
     branch = None
     try:
-        branch = open_branch(arguments.run_dir, arguments.branch, exchange, arguments.resume)
+        branch = open_branch(arguments.run_dir, arguments.branch, exchange, arguments.resume, arguments.rank0_host)
         train(branch, branch.rhythm)
         branch.export()
         ending = "done"

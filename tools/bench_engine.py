@@ -42,6 +42,7 @@ import from_checkout  # noqa: F401 - makes the project importable
 import torch
 from bench_model import Shape, write_model
 
+from copd_megatron.cluster.site import OneMachine
 from copd_megatron.config.load import check
 from copd_megatron.config.run import RunConfig
 from copd_megatron.files import write_atomic
@@ -142,7 +143,7 @@ def _served(model: Path) -> Iterator[tuple[SGLangEngine, Server]]:
     )
     folder = RunFolder(config.run_dir)
     folder.path.mkdir()
-    fleet = Fleet(config, folder)
+    fleet = Fleet(config, folder, OneMachine(config, folder))
     fleet.start()
     try:
         endpoints = read_endpoints(folder.endpoints)["text"]

@@ -20,7 +20,7 @@ def run(command: Sequence[str], world: int, folder: Path, timeout: float) -> lis
     whose status then is None.
     """
     store = serve()
-    shared = {"WORLD_SIZE": str(world), **address(store)}
+    shared = {"WORLD_SIZE": str(world), **address(store.host, store.port)}
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(world):

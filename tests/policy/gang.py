@@ -21,7 +21,7 @@ def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: floa
     store = serve()
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    place = address(store)
+    place = address(store.host, store.port)
     processes = [
         context.Process(target=_member, args=(queue, rank, world, place, function, arguments)) for rank in range(world)
     ]

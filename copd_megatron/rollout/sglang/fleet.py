@@ -7,9 +7,7 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from copd_megatron.cluster.site import Site
 from copd_megatron.config import RunConfig
 from copd_megatron.config.engines import BASE, KEY_VARIABLE, RUN_VARIABLE
 from copd_megatron.errors import CopdError
@@ -39,13 +38,14 @@ _ON_CPU: dict[str, str | int | float | bool] = {
 
 @dataclass
 class ServerProcess:
-    """One server; `starts` counts how often it has been started."""
+    """One server; `starts` counts how often it has been started. A `remote` one is an srun, which ends its task."""
 
     branch: str
     url: str
     command: list[str]
     environment: dict[str, str]
     log: Path
+    remote: bool = False
     starts: int = 0
     started: float = 0.0
     """When it was last started (`time.monotonic`)."""
@@ -71,7 +71,9 @@ class ServerProcess:
         return None if self._process is None else self._process.poll()
 
     def kill(self, number: signal.Signals) -> None:
-        """Send a signal to it and to all that it has started."""
+        """Send a signal to it and to all that it has started; a remote one is killed by any."""
+        if self.remote:  # srun cannot pass SIGKILL on, and its task would live on; at SIGTERM it kills it
+            number = signal.SIGTERM
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
@@ -99,9 +101,10 @@ class ServerProcess:
 class Fleet:
     """All servers of a run: its own, or those that its configuration names."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, site: Site) -> None:
         self._settings = config.rollout.sglang
         self._folder = folder
+        self._site = site
         run = secrets.token_hex(4)
         key = self._settings.api_key()
         self.processes: list[ServerProcess] = []
@@ -160,7 +163,7 @@ class Fleet:
 
     def _prepare(self, config: RunConfig, branch: str, number: int, key: str) -> str:
         settings = self._settings
-        port = _free_port(settings.host)
+        spot = self._site.server(branch, number)
         arguments: dict[str, str | int | float | bool] = {
             **({} if torch.cuda.is_available() else _ON_CPU),
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.precision.params],
@@ -168,29 +171,24 @@ class Fleet:
             "random-seed": config.seed,
             "skip-server-warmup": True,
             "log-level-http": "warning",
+            **spot.arguments,
             **settings.args,
             "model-path": config.base,
-            "host": settings.host,
-            "port": port,
+            "host": spot.host,
+            "port": spot.port,
         }
-        command = [sys.executable, "-m", "copd_megatron.rollout.sglang.serve"]
+        command = [*spot.launcher, "-m", "copd_megatron.rollout.sglang.serve"]
         for name, value in arguments.items():
             if value is not False:
                 command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         environment = {
             "OMP_NUM_THREADS": "1",
-            **os.environ,
+            **spot.environment,
             "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "copd_megatron.rollout.sglang.processors",
             KEY_VARIABLE: key,
             RUN_VARIABLE: str(self._folder.path.absolute()),
         }
         log = (self._folder.path if branch == BASE else self._folder.branches) / branch / f"server_{number}.log"
-        process = ServerProcess(branch, f"http://{settings.host}:{port}", command, environment, log)
+        process = ServerProcess(branch, f"http://{spot.host}:{spot.port}", command, environment, log, spot.remote)
         self.processes.append(process)
         return process.url
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        return int(listener.getsockname()[1])

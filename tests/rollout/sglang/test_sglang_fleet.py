@@ -14,6 +14,7 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
+from copd_megatron.cluster.site import OneMachine
 from copd_megatron.config import RunConfig
 from copd_megatron.config.engines import KEY_VARIABLE
 from copd_megatron.errors import CopdError
@@ -40,12 +41,16 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
 
+def start_of(settings: RunConfig, folder: RunFolder) -> Fleet:
+    return Fleet(settings, folder, OneMachine(settings, folder))
+
+
 def argument(process: ServerProcess, name: str) -> str:
     return process.command[process.command.index(f"--{name}") + 1]
 
 
 def test_each_branch_and_the_base_get_servers_with_a_key_that_only_their_user_can_read(folder: RunFolder) -> None:
-    fleet = Fleet(config(rollout={"sglang": {"servers": 2}}), folder)
+    fleet = start_of(config(rollout={"sglang": {"servers": 2}}), folder)
     assert [process.branch for process in fleet.processes] == ["text", "text", "image", "image", "base", "base"]
     assert stat.S_IMODE(folder.endpoints.stat().st_mode) == 0o600
     endpoints = read_endpoints(folder.endpoints)
@@ -70,12 +75,12 @@ def test_each_branch_and_the_base_get_servers_with_a_key_that_only_their_user_ca
 
 
 def run_again(folder: RunFolder) -> Path:
-    Fleet(config(), folder)
+    start_of(config(), folder)
     return folder.endpoints
 
 
 def test_weights_have_names_of_their_own_but_for_the_base(folder: RunFolder) -> None:
-    Fleet(config(), folder)
+    start_of(config(), folder)
     endpoints = read_endpoints(folder.endpoints)
     labels = {endpoints[name].label(version) for name in ("text", "image") for version in (3, 4)}
     assert len(labels) == 4
@@ -88,12 +93,12 @@ def test_servers_that_are_already_there_are_not_started(
     urls = {name: [f"http://10.0.0.1:{port}"] for port, name in enumerate(["text", "image", "base"], 30000)}
     key = tmp_path / "key"
     key.write_text("from a file\n")
-    fleet = Fleet(config(rollout={"sglang": {"urls": urls, "api_key_file": str(key)}}), folder)
+    fleet = start_of(config(rollout={"sglang": {"urls": urls, "api_key_file": str(key)}}), folder)
     assert fleet.processes == []
     assert read_endpoints(folder.endpoints)["image"].urls == ("http://10.0.0.1:30001",)
     assert read_endpoints(folder.endpoints)["image"].key == "from a file"
     monkeypatch.setenv(KEY_VARIABLE, "from the environment")
-    Fleet(config(rollout={"sglang": {"urls": urls}}), folder)
+    start_of(config(rollout={"sglang": {"urls": urls}}), folder)
     assert read_endpoints(folder.endpoints)["image"].key == "from the environment"
 
 
@@ -127,7 +132,7 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) 
 
 def test_teachers_of_a_phase_have_servers_of_their_own(folder: RunFolder) -> None:
     one_way = config(teacher={"refresh": "phase"}, topology=[{"student": "image", "teacher": "text"}])
-    fleet = Fleet(one_way, folder)
+    fleet = start_of(one_way, folder)
     assert [process.branch for process in fleet.processes] == ["text", "image", "text/frozen", "base"]
     assert len({process.log for process in fleet.processes}) == 4
     endpoints = read_endpoints(folder.endpoints)
@@ -145,7 +150,7 @@ def make_fleet(folder: RunFolder) -> Any:
     made: list[Fleet] = []
 
     def make(program: str, max_restarts: int) -> tuple[Fleet, ServerProcess]:
-        fleet = Fleet(config(rollout={"sglang": {"max_restarts": max_restarts}}), folder)
+        fleet = start_of(config(rollout={"sglang": {"max_restarts": max_restarts}}), folder)
         fleet.processes = fleet.processes[:1]
         fleet.processes[0].command = [sys.executable, "-c", program]
         made.append(fleet)
@@ -207,7 +212,7 @@ def test_a_fleet_ends_with_everything_that_it_has_started(make_fleet: Any, tmp_p
 
 
 def test_the_file_of_endpoints_is_refused_when_it_is_damaged(folder: RunFolder) -> None:
-    Fleet(config(), folder)
+    start_of(config(), folder)
     content = folder.endpoints.read_text()
     folder.endpoints.write_text(content[: len(content) // 2])
     with pytest.raises(CopdError, match="cannot be read as the list of the run's servers"):
