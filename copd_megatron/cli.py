@@ -1,4 +1,4 @@
-"""The command line: `copd train | sft | eval | convert | merge | compare | report | doctor`.
+"""The command line: `copd train | launch | sft | eval | convert | merge | compare | report | status | doctor`.
 
 Exit codes: 0 done, 1 failed (the reason is printed last), 2 bad usage or configuration, 130 interrupted after a
 checkpoint. Heavy libraries are imported by the command that needs them, so that `--help` answers at once.
@@ -46,6 +46,20 @@ def train(
     from copd_megatron.config import RunConfig, load_config
 
     run(load_config(config, overrides or [], RunConfig), Console(), resume_from)
+
+
+@app.command(epilog="Example: copd launch configs/mini/text_image.yaml --slurm --dry-run")
+def launch(
+    config: Annotated[Path, typer.Argument(help="Run description (YAML).")],
+    overrides: Overrides = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="The same as cluster.launcher=slurm.")] = False,
+    seeds: Annotated[str | None, typer.Option(help="A Slurm array with a run for each seed, e.g. 0,1,2.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the script and start nothing.")] = False,
+) -> None:
+    """Submit `copd train` to Slurm, on the nodes that `cluster` asks for; without Slurm run it here."""
+    from copd_megatron.cluster.launch import launch as start
+
+    raise typer.Exit(start(config, overrides or [], seeds, slurm, dry_run, Console()))
 
 
 @app.command(epilog="Example: copd sft configs/mini/base.yaml seed=1")
@@ -214,6 +228,16 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Run directories; sev
         if not (run / "config.yaml").exists():
             raise ConfigError(f"{run}: not a run directory (no config.yaml)")
     Console().print(f"report: {build_report(runs if len(runs) > 1 else runs[0])}")
+
+
+@app.command(epilog="Example: copd status runs/mini/text_image_seed0")
+def status(runs: Annotated[list[Path], typer.Argument(help="Run directories.")]) -> None:
+    """Where a run stands and how its branches do, from its files: on any machine that sees them, without Slurm."""
+    from copd_megatron.observe.status_page import status_page
+
+    console = Console()
+    for run in runs:
+        console.print(status_page(run), soft_wrap=True)
 
 
 @app.command(epilog="Example: copd compare configs/compare/two_branch.yaml --seeds 0,1,2")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-ROOTS = {"copd_megatron": "copd_megatron", "copd_kernels": "kernels"}
+ROOTS = {"copd_megatron": "copd_megatron", "copd_kernels": "kernels", "copd_launchers": "launchers"}
 OPTIONAL = {"av", "transformer_engine", "apex", "sglang", "triton", "liger_kernel"}
 PARTS = {"pydantic_core"}  # of pydantic, which requires the one version that fits
 
