@@ -21,8 +21,8 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow test-all compile-gate lint demo compare layouts bench bench-growth bench-merge bench-export \
-    bench-engine bench-kernels chaos clean
+.PHONY: help env test test-slow test-slurm test-all compile-gate lint demo compare layouts bench bench-growth bench-merge \
+    bench-export bench-engine bench-kernels chaos clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,14 +44,23 @@ $(BENCH_READY): $(READY)
 	$(BIN)/pip install --quiet --editable '.[bench]' --constraint $(PINS)
 	touch $@
 
-test: env compile-gate ## all fast tests, and the kernels' compile gate
-	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist loadfile --durations=15
+# Last, two runs on a real Slurm: left out, with the reason, where that cannot be had.
+INSTALL_SLURM := { command -v slurmctld && command -v munged; } > /dev/null || { apt-get update -qq && \
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge > /dev/null; }
+test: env compile-gate ## all fast tests, the kernels' compile gate, and a run on Slurm
+	$(BIN)/pytest -m "not slow and not slurm" -n $(JOBS) --dist loadfile --durations=15
+	-@$(INSTALL_SLURM)
+	$(BIN)/pytest -m "slurm and not slow" tests/run/test_slurm_run.py
 
 compile-gate: env ## compile every kernel for sm_90 and sm_100; registers, shared memory and spills as in the table
 	$(BIN)/python -m copd_kernels.resources --jobs $(JOBS)
 
 test-slow: env ## the slow tests
 	$(BIN)/pytest -m slow
+
+test-slurm: env ## runs on a real Slurm of two nodes, started here (as root; installs Debian's slurm-wlm and munge)
+	$(INSTALL_SLURM)
+	COPD_SLURM=required $(BIN)/pytest -m "slurm and not slow" tests/run/test_slurm_run.py --durations=5
 
 test-all: test test-slow ## every test
 
