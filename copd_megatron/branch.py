@@ -209,8 +209,7 @@ class Branch:
         if over or self.version % self.config.log.probe_every == 0:
             readings = self._measure(step.cycle)
             over = self._steer(readings)
-        every = self.config.checkpoint.every_steps
-        if over or (every and self.version % every == 0):
+        if over or self.config.checkpoint.is_due(self.version):
             self._save(over)
         self._checkpointer.poll()
 

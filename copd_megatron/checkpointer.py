@@ -129,7 +129,7 @@ class Checkpointer:
                     f"the checkpoint of step {step} could not be completed ({error}); older ones are untouched. Make "
                     "room or choose another run_dir, and start again"
                 ) from error
-            self._checkpoints.prune(self._settings.keep, self._settings.keep_every_steps)
+            self._checkpoints.prune(self._settings.keep, self._settings.keeps)
 
         counts = spokesman.commit(step, write, wait)
         if counts:

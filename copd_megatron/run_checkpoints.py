@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,11 @@ class RunCheckpoints:
         write_atomic(self._file(step), json.dumps({**body, "sha256": _own_checksum(body)}, indent=1))
         sync_folder(self._root.parent)
 
-    def prune(self, keep: int, keep_every: int | None) -> None:
-        """Let all but the newest `keep` checkpoints, and those at multiples of `keep_every`, count no longer."""
+    def prune(self, keep: int, keeps: Callable[[int], bool]) -> None:
+        """Let all but the newest `keep` checkpoints, and those of steps that `keeps` keeps, count no longer."""
         steps = self.steps()
         for step in steps[:-keep]:
-            if not (keep_every and step % keep_every == 0):
+            if not keeps(step):
                 self._file(step).unlink()
 
     def clear(self, branch: str, before: int | None = None) -> None:

@@ -159,8 +159,18 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept."""
     keep_every_steps: int | None = Field(None, ge=1)
     """Checkpoints at multiples of this many updates are kept too, for good."""
+    at_steps: tuple[int, ...] = ()
+    """Checkpoints after these updates are made and kept too, for good."""
     asynchronous: bool = True
     """Train on while a checkpoint is written; needs host memory for a copy of what each rank writes."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is to be a checkpoint after update `step`, whatever phase it is in."""
+        return step in self.at_steps or (self.every_steps is not None and step % self.every_steps == 0)
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is kept for good."""
+        return step in self.at_steps or (self.keep_every_steps is not None and step % self.keep_every_steps == 0)
 
 
 class EvalConfig(Section):

@@ -10,6 +10,7 @@ import pytest
 from tiny_run import TINY
 
 from copd_megatron.config import RunConfig
+from copd_megatron.config.training import CheckpointConfig
 from copd_megatron.errors import ConfigError, WeightsError
 from copd_megatron.fingerprint import fingerprint
 from copd_megatron.policy.manifest import FORMAT, describe, write_manifest
@@ -86,14 +87,14 @@ def test_parts_without_the_runs_manifest_do_not_count_and_are_cleared(
     assert checkpoints.part("image", 10).exists(), "another branch's folder is not touched"
 
 
-def test_the_newest_and_every_so_many_are_kept(checkpoints: RunCheckpoints, config: RunConfig) -> None:
+def test_the_newest_every_so_many_and_chosen_ones_are_kept(checkpoints: RunCheckpoints, config: RunConfig) -> None:
     commit(checkpoints, config, *range(1, 10))
     write_part(checkpoints, "text", 10)  # on its way
-    checkpoints.prune(keep=2, keep_every=4)
-    assert checkpoints.steps() == [4, 8, 9]
+    checkpoints.prune(2, CheckpointConfig(keep_every_steps=4, at_steps=(3,)).keeps)
+    assert checkpoints.steps() == [3, 4, 8, 9]
     checkpoints.clear("text", before=9)
     assert sorted(path.name for path in checkpoints.part("text", 4).parent.iterdir()) == [
-        f"step_{step:07d}" for step in (4, 8, 9, 10)
+        f"step_{step:07d}" for step in (3, 4, 8, 9, 10)
     ]
     assert all(checkpoints.problem(step, config, contents=True) is None for step in checkpoints.steps())
 
