@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from copd_megatron.compare.child_run import is_done
 from copd_megatron.compare.pages import write_pages
 from copd_megatron.compare.results import gather
-from copd_megatron.compare.runs import check_descriptions, do_missing, is_done
+from copd_megatron.compare.runs import check_descriptions, do_missing
 from copd_megatron.compare.settings import Comparison
 from copd_megatron.config import load_config
 from copd_megatron.errors import CopdError, Interrupted

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from copd_megatron.compare.child_run import is_done
 from copd_megatron.compare.plots import draw_absorption, draw_drift, draw_forgetting, draw_rows, draw_sweep
 from copd_megatron.compare.results import RowResult
-from copd_megatron.compare.runs import is_done
 from copd_megatron.compare.settings import Comparison
 from copd_megatron.compare.statistics import OVERALL, Difference, Interval
 from copd_megatron.files import write_atomic
@@ -143,13 +143,14 @@ def _records(comparison: Comparison) -> list[tuple[str, list[RunRecord]]]:
 
 
 def _markdown(name: str, accuracy: Table, cost: Table, notes: Sequence[str], images: Sequence[str]) -> str:
-    parts = [f"# Comparison {name}", notes[0], _lines(accuracy), "\n".join(f"- {note}" for note in notes[1:])]
-    parts += ["## What each model has cost", COST_NOTE, _lines(cost)]
+    parts = [f"# Comparison {name}", notes[0], markdown_table(accuracy), "\n".join(f"- {note}" for note in notes[1:])]
+    parts += ["## What each model has cost", COST_NOTE, markdown_table(cost)]
     parts += [f"![{image}](plots/{image}.png)" for image in images]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _lines(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """A table in Markdown."""
     ruler = ("---", *["---:"] * (len(table.header) - 1))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (table.header, ruler, *table.rows))
 

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from copd_megatron.budget import Chain, Cost, Summary, read_summary
-from copd_megatron.compare.runs import is_done
+from copd_megatron.compare.child_run import is_done
 from copd_megatron.compare.settings import Arm, Comparison, Row
 from copd_megatron.compare.statistics import Accuracy, Outcomes, accuracies
 from copd_megatron.errors import CopdError
@@ -53,7 +53,7 @@ def gather(comparison: Comparison, reasons: Mapping[tuple[str, int], str]) -> li
             run = comparison.run_dir(arm.name, seed)
             if not is_done(run):
                 continue
-            found, summary = _outcomes(run), read_summary(run)
+            found, summary = read_outcomes(run), read_summary(run)
             for row in arm.rows:
                 if row.model not in found:
                     raise CopdError(f"{run}: {row.label!r} is to be {row.model!r}, but it has {', '.join(found)}")
@@ -89,7 +89,8 @@ def cost_of(summary: Summary, model: str) -> dict[str, float]:
     return {name: float(getattr(total, name)) for name in (*Cost.model_fields, "depth", "parallel_seconds")}
 
 
-def _outcomes(run: Path) -> dict[str, Outcomes]:
+def read_outcomes(run: Path) -> dict[str, Outcomes]:
+    """What came of every problem, by model. Raises CopdError for a damaged file."""
     file = RunFolder(run).outcomes
     try:
         content: dict[str, Outcomes] = json.loads(file.read_text())

@@ -76,28 +76,28 @@ class Comparison(Section):
 
     def run(self, arm: Arm, seed: int) -> RunConfig:
         """The run of an arm. Raises ConfigError if it is no valid description."""
-        content = _merged(self.common, arm.settings)
+        content = merged(self.common, arm.settings)
         content |= {"seed": seed, "run_dir": str(self.run_dir(arm.name, seed))}
         if arm.experts is not None:
             run = self.run_dir(arm.experts, seed)
             names = [branch["name"] for branch in content.get("branches", ())]
             content["experts"] = {name: str(run / "branches" / name / "final") for name in names}
-        return check(_filled(content, seed), RunConfig, f"arm {arm.name}, seed {seed}")
+        return check(filled(content, seed), RunConfig, f"arm {arm.name}, seed {seed}")
 
 
-def _merged(common: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merged(common: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`common` with `changes`, mapping by mapping; anything else is replaced as a whole."""
     result = dict(common)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = _merged(result[key], value) if both else value
+        result[key] = merged(result[key], value) if both else value
     return result
 
 
-def _filled(value: Any, seed: int) -> Any:
+def filled(value: Any, seed: int) -> Any:
     """With the seed in place of `{seed}` in every text."""
     if isinstance(value, dict):
-        return {key: _filled(inner, seed) for key, inner in value.items()}
+        return {key: filled(inner, seed) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_filled(inner, seed) for inner in value]
+        return [filled(inner, seed) for inner in value]
     return value.replace("{seed}", str(seed)) if isinstance(value, str) else value

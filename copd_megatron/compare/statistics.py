@@ -66,7 +66,7 @@ def accuracies(
             both = _replicates(found, shared, replicates), _replicates(anchor, shared, replicates)
             here, there = _points(found, shared), _points(anchor, shared)
             versus = {name: _difference(here[name] - there[name], both[0][name] - both[1][name]) for name in here}
-        results[label] = Accuracy(seeds, {name: _interval(points[name], own[name]) for name in points}, versus)
+        results[label] = Accuracy(seeds, {name: interval_around(points[name], own[name]) for name in points}, versus)
     return results
 
 
@@ -85,29 +85,44 @@ def _share(problems: Sequence[Sequence[float]]) -> float:
 
 def _replicates(found: Mapping[int, Outcomes], seeds: Sequence[int], replicates: int) -> dict[str, np.ndarray]:
     """Per capability and overall, the replicates [B]. The draws depend on the seeds and capabilities alone."""
-    generator = np.random.default_rng(seed_for(0, "bootstrap", *seeds))
-    drawn = generator.integers(len(seeds), size=(replicates, len(seeds)))
+    drawn = drawn_seeds(seeds, replicates)
     totals: dict[str, np.ndarray] = {}
     for place in range(len(seeds)):
         for number, seed in enumerate(seeds):
             chosen = drawn[:, place] == number
             for name, problems in found[seed].items():
                 rewards, samples = np.asarray(problems, dtype=np.float64).T
-                chance = np.random.default_rng(seed_for(0, "bootstrap", name, seed, place, *seeds))
-                weights = chance.multinomial(len(rewards), np.full(len(rewards), 1 / len(rewards)), int(chosen.sum()))
+                weights = problem_weights(len(rewards), int(chosen.sum()), name, seed, place, *seeds)
                 total = totals.setdefault(name, np.zeros(replicates))
                 total[chosen] += (weights @ rewards) / (weights @ samples)
     means = {name: total / len(seeds) for name, total in totals.items()}
     return {**means, OVERALL: np.mean(list(means.values()), axis=0)}
 
 
-def _interval(mean: float, replicates: np.ndarray) -> Interval:
+def drawn_seeds(seeds: Sequence[int], replicates: int) -> np.ndarray:
+    """Which of `seeds` take part in each replicate: int [B, len(seeds)], numbers into `seeds`, drawn with
+    replacement."""
+    generator = np.random.default_rng(seed_for(0, "bootstrap", *seeds))
+    return generator.integers(len(seeds), size=(replicates, len(seeds)))
+
+
+def problem_weights(problems: int, replicates: int, *names: str | int) -> np.ndarray:
+    """How often each problem takes part in each replicate: int [B, P], P drawn with replacement.
+
+    The draw depends on its names, so what is measured on the same problems is paired by drawing under the same name.
+    """
+    chance = np.random.default_rng(seed_for(0, "bootstrap", *names))
+    return chance.multinomial(problems, np.full(problems, 1 / problems), replicates)
+
+
+def interval_around(mean: float, replicates: np.ndarray) -> Interval:
+    """The middle 95% of the replicates, and the mean in any case."""
     low, high = np.quantile(replicates, (0.025, 0.975))
     return Interval(mean, min(float(low), mean), max(float(high), mean))
 
 
 def _difference(mean: float, replicates: np.ndarray) -> Difference:
-    interval = _interval(mean, replicates)
+    interval = interval_around(mean, replicates)
     # One is added on both sides: no finite number of replicates can show a probability of 0.
     count = len(replicates) + 1
     tail = min(int((replicates <= 0).sum()) + 1, int((replicates >= 0).sum()) + 1)
