@@ -6,7 +6,7 @@ tower, if it has one, themselves, since `forward` of the whole model would compu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from copd_megatron.rollout.types import Sampling
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
+
+Look = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, ...]]
 
 LOGITS_AT_ONCE = 2**25
 """Logits that exist at a time while scoring, in numbers: 128 MiB of float32."""
@@ -121,8 +123,25 @@ def score(
     responses: Sequence[Sequence[int]],
     top_k: int,
     temperature: float,
-) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+) -> list[tuple[torch.Tensor, ...]]:
     """Per response, one behind each row: its tokens' logprobs [R], the top-k ids [R, K] and their logprobs [R, K]."""
+
+    def look(logits: torch.Tensor, targets: torch.Tensor, place: slice) -> tuple[torch.Tensor, ...]:
+        distribution = token_logprobs(logits, temperature)
+        best, values = likeliest(distribution, min(top_k, logits.shape[-1]))
+        return distribution.gather(-1, targets[:, None])[:, 0], best, values
+
+    return look_at(model, decoder, rows, responses, look)
+
+
+def look_at(
+    model: Any, decoder: Decoder, rows: Rows, responses: Sequence[Sequence[int]], look: Look
+) -> list[tuple[torch.Tensor, ...]]:
+    """What `look` gives for the tokens of each response, on the CPU.
+
+    It is called with logits [N, V] and the ids int64 [N] of some of the tokens, and their place among those of all
+    responses one after the other, and returns tensors [N, …].
+    """
     device = rows.hidden.device
     lengths = torch.tensor([len(response) for response in responses])
     width = int(lengths.max())
@@ -141,13 +160,10 @@ def score(
         hidden = torch.cat([hidden, decoder.extend(tokens[:, :-1], angles, rows.cache, mask)], dim=1)
     hidden, targets = hidden[:, :width][valid], tokens[valid]
     vocabulary = model.config.get_text_config().vocab_size
-    logprobs, ids, top = [], [], []
     at_once = max(1, LOGITS_AT_ONCE // vocabulary)
-    for part, target in zip(hidden.split(at_once), targets.split(at_once), strict=True):
-        distribution = token_logprobs(model.lm_head(part), temperature)
-        best, values = likeliest(distribution, min(top_k, vocabulary))
-        logprobs.append(distribution.gather(-1, target[:, None])[:, 0].cpu())
-        ids.append(best.cpu())
-        top.append(values.cpu())
+    parts = []
+    for start in range(0, len(hidden), at_once):
+        place = slice(start, start + at_once)
+        parts.append([found.cpu() for found in look(model.lm_head(hidden[place]), targets[place], place)])
     sizes = lengths.tolist()
-    return torch.cat(logprobs).split(sizes), torch.cat(ids).split(sizes), torch.cat(top).split(sizes)
+    return list(zip(*(torch.cat(column).split(sizes) for column in zip(*parts, strict=True)), strict=True))

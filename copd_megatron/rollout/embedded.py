@@ -109,6 +109,46 @@ class EmbeddedEngine:
         """
         if top_k < 0 or temperature < 0:
             raise ValueError(f"top_k is {top_k} and temperature {temperature}, expected 0 or more")
+
+        def look(rows: decoding.Rows, indices: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
+            responses = [rollouts[index].token_ids for index in indices]
+            return decoding.score(self.model, self._decoder, rows, responses, top_k, temperature)
+
+        return [TeacherScores(self.name, self.version, *found) for found in self._behind(rollouts, look)]
+
+    def values(self, rollouts: Sequence[Rollout], read: Callable[..., tuple[torch.Tensor, ...]]) -> list[Any]:
+        """One tuple per rollout, of what `read` makes of this engine's logits at the states of rollouts that a teacher
+        has scored.
+
+        `read(logits [N, V], ids int64 [N], top_ids int64 [N, K], top_logprobs [N, K])` is asked about some tokens at a
+        time, ids being the rollouts' own and the top-k their teacher's, and returns tensors [N, …]. Raises what `score`
+        does.
+        """
+
+        def look(rows: decoding.Rows, indices: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
+            chosen = [rollouts[index] for index in indices]
+            scores = [rollout.teacher for rollout in chosen if rollout.teacher is not None]
+            ids = torch.cat([score.top_ids for score in scores]).to(self._device)
+            logprobs = torch.cat([score.top_logprobs for score in scores]).to(self._device)
+            return decoding.look_at(
+                self.model,
+                self._decoder,
+                rows,
+                [rollout.token_ids for rollout in chosen],
+                lambda logits, targets, place: read(logits, targets, ids[place], logprobs[place]),
+            )
+
+        if any(rollout.teacher is None for rollout in rollouts):
+            raise ValueError("expected rollouts that a teacher has scored, found one that none has")
+        return self._behind(rollouts, look)
+
+    def _behind(
+        self,
+        rollouts: Sequence[Rollout],
+        look: Callable[[decoding.Rows, Sequence[int]], list[tuple[torch.Tensor, ...]]],
+    ) -> list[tuple[torch.Tensor, ...]]:
+        """What `look` gives for each rollout: it is called with one row for each of some rollouts, behind its prompt,
+        and with their indices."""
         prompts = list({id(rollout.prompt): rollout.prompt for rollout in rollouts}.values())
         self._check(prompts)
         for rollout in rollouts:
@@ -117,16 +157,15 @@ class EmbeddedEngine:
         members: list[list[int]] = [[] for _ in prompts]
         for index, rollout in enumerate(rollouts):
             members[place[id(rollout.prompt)]].append(index)
-        results: dict[int, TeacherScores] = {}
+        results: dict[int, tuple[torch.Tensor, ...]] = {}
         for chunk in _chunks(prompts, [len(group) for group in members], self._max_rows):
             indices = [index for prompt in chunk for index in members[prompt]]
-            responses = [rollouts[index].token_ids for index in indices]
             with torch.inference_mode():
-                copies, room = [len(members[prompt]) for prompt in chunk], max(map(len, responses))
-                rows = self._prefill([prompts[prompt] for prompt in chunk], copies, room)
-                parts = decoding.score(self.model, self._decoder, rows, responses, top_k, temperature)
-            for index, (logprobs, ids, top) in zip(indices, zip(*parts, strict=True), strict=True):
-                results[index] = TeacherScores(self.name, self.version, logprobs.clone(), ids.clone(), top.clone())
+                copies = [len(members[prompt]) for prompt in chunk]
+                room = max(len(rollouts[index].token_ids) for index in indices)
+                found = look(self._prefill([prompts[prompt] for prompt in chunk], copies, room), indices)
+            for index, tensors in zip(indices, found, strict=True):
+                results[index] = tuple(tensor.clone() for tensor in tensors)
         return [results[index] for index in range(len(rollouts))]
 
     def begin_scoring(self, top_k: int, temperature: float) -> Collected:

@@ -89,6 +89,28 @@ def test_scores_do_not_depend_on_how_rollouts_are_batched(
         assert_scores(engine.score(rollouts, 5, 1.0), rollouts, expected, 1.0)
 
 
+def test_logits_can_be_read_at_the_states_that_a_teacher_has_scored(
+    teacher: EmbeddedEngine,
+    folder: Path,
+    rollouts: list[Rollout],
+    expected: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decoding, "LOGITS_AT_ONCE", 7 * VOCABULARY)
+    scores = EmbeddedEngine("text", folder).score(rollouts, 3, 1.0)
+    scored = [replace(rollout, teacher=score) for rollout, score in zip(rollouts, scores, strict=True)]
+    found = teacher.values(scored, lambda *given: given)
+    for rollout, score, whole, (logits, ids, top_ids, top_logprobs) in zip(
+        rollouts, scores, expected, found, strict=True
+    ):
+        torch.testing.assert_close(logits, whole, atol=1e-4, rtol=0)
+        assert ids.tolist() == list(rollout.token_ids)
+        assert torch.equal(top_ids, score.top_ids)
+        assert torch.equal(top_logprobs, score.top_logprobs)
+    with pytest.raises(ValueError, match="found one that none has"):
+        teacher.values([*scored, rollouts[0]], lambda *given: given)
+
+
 def test_a_prompt_is_computed_once_for_all_its_rollouts(
     teacher: EmbeddedEngine, rollouts: list[Rollout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
