@@ -1,4 +1,4 @@
-"""The command line: `copd train | launch | sft | eval | convert | merge | compare | report | status | doctor`.
+"""The command line: `copd train | launch | sft | eval | convert | merge | compare | pilot | report | status | doctor`.
 
 Exit codes: 0 done, 1 failed (the reason is printed last), 2 bad usage or configuration, 130 interrupted after a
 checkpoint. Heavy libraries are imported by the command that needs them, so that `--help` answers at once.
@@ -258,6 +258,24 @@ def compare(
 
     given = [*(overrides or []), *([f"seeds=[{seeds}]"] if seeds else [])]
     do(config, given, Console(), only=tuple(only or ()), train=not table)
+
+
+@app.command(epilog="Example: copd pilot configs/pilot/mini.yaml --seeds 0")
+def pilot(
+    config: Annotated[Path, typer.Argument(help="Description of the study (YAML).")],
+    overrides: Overrides = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, e.g. 0,1; by default those of the description.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of everything; by default the description's.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Run nothing; write the pages of what is there.")] = False,
+) -> None:
+    """One teacher, students at several distances from it: what each absorbs, and what predicts it.
+
+    Goes on with what is missing. Ends with status 1 if a student could not be distilled.
+    """
+    from copd_megatron.pilot.command import pilot as do
+
+    given = [*(overrides or []), *([f"seeds=[{seeds}]"] if seeds else []), *([f"out={out}"] if out else [])]
+    do(config, given, Console(), train=not table)
 
 
 @app.command(epilog="Example: copd doctor")

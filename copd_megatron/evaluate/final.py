@@ -39,7 +39,7 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> None
         models |= {f"{branch.name} branch": folder.final(branch.name) for branch in config.trained}
     if "merged" in config.eval.models and len(config.trained) > 1:
         models["merged"] = folder.merged
-    settings = _settings(config, config.eval.samples, config.seed)
+    settings = eval_settings(config, config.eval.samples, config.seed)
     pool = RewardPool(config.data.reward_workers, config.data.reward_seconds)
     table = _evaluate(models, suites, describe(config), settings, pool, notes=(f"method {config.method}",))
     write_atomic(folder.outcomes, json.dumps(table.outcomes(), separators=(",", ":")) + "\n")
@@ -73,7 +73,7 @@ def evaluate_folder(
         if not suites:
             raise ConfigError(f"{suite}: none of its branches has test data; set branches[…].data.test")
         line = describe(config)
-        settings = _settings(config, samples, seed)
+        settings = eval_settings(config, samples, seed)
         pool = RewardPool(config.data.reward_workers, config.data.reward_seconds)
     table = _evaluate({str(model): model}, suites, line, settings, pool)
     console.print(table.rich())
@@ -83,7 +83,8 @@ def evaluate_folder(
         write_atomic(out, json.dumps(table.json(), indent=1) + "\n")
 
 
-def _settings(config: RunConfig, samples: int, seed: int) -> EvalSettings:
+def eval_settings(config: RunConfig, samples: int, seed: int) -> EvalSettings:
+    """How a run's models are asked."""
     return EvalSettings(
         samples=samples,
         max_new_tokens=config.rollout.max_new_tokens,

@@ -1,0 +1,1 @@
+"""`copd pilot`: what one teacher gives to students at different distances, and what predicts it."""
