@@ -73,7 +73,8 @@ def gather(study: PilotSettings, reasons: Mapping[Key, str]) -> PilotResult:
             if student is None or student.after is None:
                 missing[seed, updates] = reasons.get((seed, updates), "not run")
     if not students:
-        raise CopdError(f"{study.out}: no student has been measured; see the logs in {study.out}/runs")
+        why = "; ".join(dict.fromkeys(reasons.values())) or "nothing was run"
+        raise CopdError(f"{study.out}: no student has been measured ({why}); the logs are in {study.out}/runs")
     return PilotResult(analyse(students, study.least_advantage, study.replicates), accuracies, curves, missing)
 
 

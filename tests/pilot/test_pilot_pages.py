@@ -105,8 +105,10 @@ def test_measured_students_are_shown_before_they_are_distilled(tmp_path):
 
 
 def test_nothing_measured_is_said(tmp_path):
-    with pytest.raises(CopdError, match=r"out: no student has been measured; see the logs in .*runs"):
+    with pytest.raises(CopdError, match=r"out: no student has been measured \(nothing was run\); .*out/runs"):
         pilot(describe(tmp_path), [], QUIET, train=False)
+    with pytest.raises(CopdError, match=r"\(no expert text: no space; no expert image: no luck\)"):
+        gather(study(tmp_path), {(0, 0): "no expert text: no space", (0, 10): "no expert image: no luck"})
 
 
 def test_damaged_measurement_is_named(tmp_path):
