@@ -64,7 +64,7 @@ def test_stopped_study_goes_on_with_what_is_missing(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 130, output
     assert "stopped in expert image, seed 1; the same command goes on from there" in output
     assert (out / "runs/rlvr_text_seed1/models/step_0000002/config.json").exists()
@@ -85,7 +85,7 @@ def test_stopped_study_goes_on_with_what_is_missing(tmp_path):
     assert started["kl_to_base"] > 0, "the student of two updates is what was distilled"
 
     process = start(file, out)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     assert "training" not in output
     assert "measured" not in output
@@ -93,7 +93,7 @@ def test_stopped_study_goes_on_with_what_is_missing(tmp_path):
     content["problems"] = 5
     file.write_text(yaml.safe_dump(content))
     process = start(file, out)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     assert "training" not in output
     assert output.count("measured") == 6, "other problems are other measurements"
