@@ -8,6 +8,7 @@ from pathlib import Path
 
 from copd_megatron.compare.pages import markdown_table
 from copd_megatron.compare.statistics import Interval
+from copd_megatron.evaluate.suites import describe
 from copd_megatron.files import write_atomic
 from copd_megatron.observe.plot_style import style
 from copd_megatron.observe.report import write_page
@@ -18,7 +19,7 @@ from copd_megatron.pilot.plots import draw_correlations, draw_gain, draw_rivals,
 from copd_megatron.pilot.results import PilotResult, as_plain, predictors
 from copd_megatron.pilot.settings import PilotSettings
 
-FEW = 10
+FEW = 20
 """Students below which a correlation is said to rest on few."""
 
 
@@ -33,7 +34,8 @@ def write_pages(study: PilotSettings, result: PilotResult) -> dict[str, Path]:
         correlations = plots.keep("correlations", draw_correlations(result, names))
         rlvr = plots.keep("rlvr", draw_rlvr(result, study.overlaps))
     sections = [
-        Section("gain", "What was absorbed", ABSORBED, gain, students_table(study, result), missing=NOTHING),
+        Section("gain", "What was absorbed", ABSORBED, gain, students_table(study, result), notes=(task_of(study),),
+                missing=NOTHING),
         Section("correlations", "What predicts it", PREDICTS, correlations, relations_table(result, names),
                 notes=tuple(notes_of(result, names)), missing=NOTHING),
         Section("rivals", "Every predictor", DISTANCES.format(study.problems), rivals, distances_table(study, result),
@@ -72,6 +74,13 @@ RLVR = (
     "Overlap and symmetric KL of experts with the base, on the experts' own rollouts on {:,} validation problems of "
     "their own capability, and KL on the base's; 95% intervals by bootstrap over problems."
 )
+
+
+def task_of(study: PilotSettings) -> str:
+    """What the models were tested on, synthetic parts included."""
+    config = study.rlvr(study.seeds[0], study.student.capability)
+    sampled = "greedy" if config.eval.samples == 1 else f"{config.eval.samples} samples each"
+    return f"{describe(config)}; {config.eval.problems:,} test problems, {sampled}; opd.loss {config.opd.loss}."
 
 
 def students_table(study: PilotSettings, result: PilotResult) -> Table:

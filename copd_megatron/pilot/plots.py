@@ -13,6 +13,7 @@ from copd_megatron.pilot.analysis import Relation
 from copd_megatron.pilot.results import Key, PilotResult
 
 LINE_COLOUR = "#666666"
+LABEL = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
 COLUMNS = 4
 UNITS = {"symkl": "nats per token", "low_support": "share of the teacher's rollouts"}
 
@@ -131,7 +132,7 @@ def _points(axis: Axes, result: PilotResult, name: str, labelled: bool = False) 
         )
         if labelled:
             axis.annotate(_name(key, len(seeds)), (value.mean, gain.mean), xytext=(7, 6), textcoords="offset points",
-                          fontsize=9.5)  # fmt: skip
+                          fontsize=9.5, zorder=5, bbox=LABEL)  # fmt: skip
     axis.axhline(0, color="#888888", linewidth=0.8)
     return drawn
 

@@ -22,7 +22,15 @@ def test_pages_have_every_student_predictor_and_plot(tmp_path):
     page, html, content = (out / "pilot.md").read_text(), (out / "pilot.html").read_text(), json.loads(
         (out / "pilot.json").read_text())  # fmt: skip
     assert sorted(path.stem for path in (out / "plots").iterdir()) == ["correlations", "gain", "rivals", "rlvr"]
-    for name in ("overlap@1", "overlap@5", "symmetric KL", "low support", "KL(teacher ‖ student)", "One seed"):
+    for name in (
+        "overlap@1",
+        "overlap@5",
+        "symmetric KL",
+        "low support",
+        "KL(teacher ‖ student)",
+        "One seed",
+        "SYNTHETIC",
+    ):
         assert name in page
         assert name in html
     assert [student["absorbed"]["mean"] for student in content["students"]] == pytest.approx([0.9, 0.6, 0.5, 0.1])
