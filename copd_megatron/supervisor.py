@@ -64,15 +64,25 @@ class Supervisor:
 
         Raises Interrupted when the user has asked to stop, CopdError with the reason when the run cannot go on.
         """
+        try:
+            self._train(start)
+        except Interrupted:
+            raise
+        except CopdError as error:
+            self._events("CoPD", "failure", f"stopped: {error}")
+            raise
+        self._tell("CoPD", "end", "all branches are trained")
+
+    def _train(self, start: int) -> None:
         failures, limit = 0, self._config.supervision.max_restarts
         with _stop_on_signal() as stop:
             while True:
                 self._tell("CoPD", "start", f"training from step {start}")
                 attempt = _Attempt(self._config, self._folder, self._site, self._fleet, self._progress, self._tell)
                 reason = attempt.run(start, stop)
-                newest = self._checkpoints.newest()
                 if reason is None:
-                    return self._tell("CoPD", "end", "all branches are trained")
+                    return
+                newest = self._checkpoints.newest()
                 failures = 1 if newest > start else failures + 1
                 if stop.requested or failures > limit:
                     again = "" if stop.requested else f"Starting again did not help ({failures - 1} times). "
@@ -175,7 +185,6 @@ class _Attempt:
         self._gangs[name].kill()
         self._liveness.gone(name)
         if refusal := self._supervision.refusal(name):
-            self._tell(name, "failure", refusal)
             step = RunCheckpoints(self._folder, [*self._worlds]).newest()
             advice = "" if "--resume-from" in refusal else f"\nThe same command continues from step {step}."
             raise CopdError(f"branch {name}: failed: {refusal} (log: {self._gangs[name].log}){advice}")

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from runs import described
 
 from copd_megatron.cluster.placement import NodeGroup, ServerPlace, node_groups, place
 from copd_megatron.config import RunConfig
+from runs import described
 
 SGLANG = {"engine": "sglang", "sglang": {"transport": "broadcast"}}
 
