@@ -207,6 +207,9 @@ class _Attempt:
         self._beats_due = time.monotonic() + _BEATS_SECONDS
         statuses = self._supervision.statuses()
         for name in self._gangs.keys() - self._endings.keys():
+            if self._supervision.ending(name) is not None:  # a process that ends beats no more
+                self._liveness.gone(name)
+                continue
             line = statuses.get(name)
             waiting = line is not None and BranchStatus.from_json(line).state == "wait"
             self._liveness.hear(name, line, waiting, self._supervision.beats(name, self._worlds[name]))

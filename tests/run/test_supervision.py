@@ -35,7 +35,7 @@ def switchboard(command: Command) -> psutil.Process:
 
 
 def test_a_stopped_rank_is_replaced(tmp_path: Path, base: Path, undisturbed: Command) -> None:
-    command = Command(tmp_path, base, supervision={"heartbeat_seconds": 10})
+    command = Command(tmp_path, base, supervision={"heartbeat_seconds": 20})
     process = command.start()
     command.wait_for(process, "text", lambda lines: any(line["step"] >= 2 for line in lines))
     command.rank("text").send_signal(signal.SIGSTOP)
@@ -95,11 +95,11 @@ def test_what_branches_talk_through_is_replaced(command: Command, undisturbed: C
 
 @pytest.mark.slow
 def test_a_conductor_that_is_stopped_for_a_while_does_no_harm(tmp_path: Path, base: Path, undisturbed: Command) -> None:
-    command = Command(tmp_path, base, supervision={"heartbeat_seconds": 10})
+    command = Command(tmp_path, base, supervision={"heartbeat_seconds": 20})
     process = command.start()
     command.wait_for(process, "text", lambda lines: any(line["step"] >= 1 for line in lines))
     process.send_signal(signal.SIGSTOP)
-    time.sleep(25)
+    time.sleep(45)
     process.send_signal(signal.SIGCONT)
     status, output = command.finish(process)
     assert status == 0, output
