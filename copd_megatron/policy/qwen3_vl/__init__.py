@@ -20,7 +20,7 @@ from copd_megatron.policy.qwen3_vl.config import (  # noqa: E402
 )
 from copd_megatron.policy.qwen3_vl.model import Qwen3VLModel  # noqa: E402
 
-__all__ = ["Qwen3VLModel", "build_model"]
+__all__ = ["Qwen3VLModel", "build_model", "build_shard"]
 
 
 def build_model(
@@ -36,6 +36,17 @@ def build_model(
     have been called. `recompute` and `fp8` are as in `settings`. Weights come
     from `copd_megatron.weights.mapping.to_megatron`. ConfigError if the layout does not fit the model.
     """
+    return [chunk.to(device=platform.device()) for chunk in build_shard(source, layout, precision, recompute, fp8)]
+
+
+def build_shard(
+    source: str | os.PathLike[str] | HfConfig,
+    layout: Layout,
+    precision: Precision,
+    recompute: Recompute = "none",
+    fp8: Fp8Choice = NO_FP8,
+) -> list[Qwen3VLModel]:
+    """`build_model` where torch creates tensors: under `torch.device("meta")` a shard of any size takes no memory."""
     from megatron.core import parallel_state
 
     built = settings(load_config(source), layout, precision, recompute, fp8)
@@ -48,5 +59,5 @@ def build_model(
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
         )
-        chunks.append(model.to(device=platform.device(), dtype=torch_dtype(precision)))
+        chunks.append(model.to(dtype=torch_dtype(precision)))
     return chunks
