@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-slow test-slurm test-all compile-gate lint demo compare layouts bench bench-growth bench-merge \
-    bench-export bench-engine bench-kernels chaos clean
+    bench-export bench-engine bench-kernels chaos plan clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -101,6 +101,9 @@ bench-kernels: env ## kernels: time on a GPU, peak memory on a CPU (KERNELS_JSON
 
 chaos: env ## random faults in real runs; their table goes into docs/reliability.md (FAULTS=20, SEED=0; root for some of them)
 	PYTHONPATH=tests/run $(BIN)/python tools/chaos.py --seed $(SEED) --faults $(FAULTS) --json docs/benchmarks/chaos.json --doc docs/reliability.md
+
+plan: env ## plans of the shipped configurations, simulated scaling, and the plan's memory beside torch's own count
+	$(BIN)/python tools/plan_tables.py --doc docs/scale.md --json docs/benchmarks/scale.json
 
 clean: ## remove .venv and caches; runs/ is kept
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,4 +1,5 @@
-"""The command line: `copd train | launch | sft | eval | convert | merge | compare | pilot | report | status | doctor`.
+"""The command line: `copd train | launch | sft | eval | convert | merge | compare | pilot | report | plan | status |
+doctor`.
 
 Exit codes: 0 done, 1 failed (the reason is printed last), 2 bad usage or configuration, 130 interrupted after a
 checkpoint. Heavy libraries are imported by the command that needs them, so that `--help` answers at once.
@@ -15,6 +16,7 @@ import typer
 from rich.console import Console
 
 from copd_megatron.errors import ConfigError, CopdError, Interrupted
+from copd_megatron.plan.options import plan
 
 app = typer.Typer(
     name="copd",
@@ -276,6 +278,11 @@ def pilot(
 
     given = [*(overrides or []), *([f"seeds=[{seeds}]"] if seeds else []), *([f"out={out}"] if out else [])]
     do(config, given, Console(), train=not table)
+
+
+app.command("plan", epilog="Example: copd plan configs/qwen3_vl_4b/nodes_80gb.yaml --gpu h100-80 --scale 8..16384")(
+    plan
+)
 
 
 @app.command(epilog="Example: copd doctor")
