@@ -13,10 +13,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from copd_megatron.errors import CopdError
+
 Activities = Mapping[str, float]
 """Seconds of one update by activity."""
 Draw = Callable[[str, bool, np.random.Generator], Activities]
 """(branch, whether it is an update of Phase II, random numbers) to one update's activities."""
+
+
+_IN_VAIN = 1000
+"""Failures without a newer checkpoint after which a run is given up."""
+
+
+class NeverEnds(CopdError):
+    """Failures come faster than checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ class _Simulation:
         self._events: list[tuple[float, int, str, int]] = []
         self._number = 0
         self._outcome = Outcome()
+        self._reached, self._in_vain = 0, 0
 
     def run(self) -> Outcome:
         """Until every branch is done."""
@@ -168,6 +179,13 @@ class _Simulation:
         """Some GPU fails: all branches go back."""
         self._outcome.failures += 1
         target = self._common(now)
+        self._in_vain = self._in_vain + 1 if target == self._reached else 0
+        self._reached = target
+        if self._in_vain == _IN_VAIN:
+            raise NeverEnds(
+                f"{_IN_VAIN} failures in a row came before the next checkpoint, one every "
+                f"{self._rules.mtbf / sum(self._rules.gpus.values()):,.0f} s on average; lower checkpoint.every_steps"
+            )
         for name in self._branches:
             self._undo(name, target, now)
 

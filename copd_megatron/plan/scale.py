@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,10 +17,12 @@ from rich.table import Table
 from copd_megatron.config.run import RunConfig
 from copd_megatron.errors import ConfigError
 from copd_megatron.files import write_atomic
-from copd_megatron.plan.events import Activities, Outcome, Rules, simulate
+from copd_megatron.plan.events import Activities, NeverEnds, Outcome, Rules, simulate
 from copd_megatron.plan.plan import Plan, replan
 from copd_megatron.plan.shards import smallest
 from copd_megatron.plan.stragglers import Servers
+
+log = logging.getLogger(__name__)
 
 Work = Literal["grows", "fixed"]
 """`grows`: prompts in proportion to GPUs; `fixed`: those of the configuration."""
@@ -72,7 +75,7 @@ def scaling(plan: Plan, config: RunConfig, wanted: str, seed: int, console: Cons
     _print(points, knees, console)
     if out is not None:
         data = {
-            "model": plan.model,
+            "model": Path(plan.model).parent.name or plan.model,
             "gpu": plan.gpu.name,
             "seed": seed,
             "cycles": CYCLES,
@@ -97,8 +100,13 @@ def sweep(plan: Plan, config: RunConfig, least: int, most: int, seed: int, cycle
     for work in WORKS:
         for gpus, factor in _sizes(plan, config, least, most):
             larger = _scaled(config, factor, work)
-            if larger is not None:
+            if larger is None:
+                continue
+            try:
                 points.append(_point(replan(plan, larger), larger, gpus, work, seed, servers, cycles))
+            except NeverEnds as error:
+                log.warning("%d GPUs are not simulated, nor more of them: %s", gpus, error)
+                break
     return points
 
 
@@ -116,8 +124,8 @@ def knee(points: Sequence[Point], share: float) -> Knee:
     name = max(growth, key=lambda item: growth[item])
     return Knee(
         last.gpus,
-        f"{name.replace('_', '-')} grows from {best.shares.get(name, 0.0):.0%} of the GPUs' time at {best.gpus:,} GPUs "
-        f"to {first.shares[name]:.0%} at {first.gpus:,}",
+        f"{name.replace('_', '-')}: {best.shares.get(name, 0.0):.0%} of the GPUs' time at {best.gpus:,} GPUs, "
+        f"{first.shares[name]:.0%} at {first.gpus:,}",
     )
 
 

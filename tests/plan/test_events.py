@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from copd_megatron.plan.events import Activities, Draw, Rules, simulate
+from copd_megatron.plan.events import Activities, Draw, NeverEnds, Rules, simulate
 
 
 def rules(**changes: object) -> Rules:
@@ -119,6 +119,11 @@ def test_a_checkpoint_counts_only_when_it_is_written() -> None:
         for write in (0.0, 5.0)
     )
     assert late.lost / late.failures == pytest.approx(early.lost / early.failures + 5, rel=0.25)
+
+
+def test_a_run_that_fails_before_every_checkpoint_is_given_up() -> None:
+    with pytest.raises(NeverEnds, match=r"one every 1 s on average; lower checkpoint\.every_steps"):
+        simulate(rules(mtbf=16.0), always({"text": (9.0, 9.0), "image": (9.0, 9.0)}), 0)
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

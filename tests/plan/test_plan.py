@@ -29,7 +29,7 @@ PARAMETERS = {
     "qwen3_vl_30b_a3b": 31_070_754_032,
     "qwen3_vl_235b_a22b": 235_670_022_896,
 }
-"""Of the published models, which transformers builds from the same configurations."""
+"""What transformers' own models have with the same configurations."""
 
 
 def planned(file: Path, *overrides: str, gpu: str = "h100-80", **options: Any) -> tuple[Plan, RunConfig]:

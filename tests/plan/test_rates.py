@@ -74,6 +74,6 @@ def test_the_knee_is_the_last_scale_that_is_worth_its_gpus() -> None:
     ]
     found = knee(points, 0.8)
     assert found.gpus == 32
-    assert "wait grows from 10% of the GPUs' time at 8 GPUs to 50% at 64" in found.because
+    assert "wait: 10% of the GPUs' time at 8 GPUs, 50% at 64" in found.because
     assert knee(points[:3], 0.8).gpus is None
     assert knee([], 0.8).gpus is None
