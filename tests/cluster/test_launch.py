@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from cluster_runs import description
 from rich.console import Console
 
 from copd_megatron.cluster import launch as launching
 from copd_megatron.cluster.launch import launch
 from copd_megatron.config.engines import KEY_VARIABLE
 from copd_megatron.errors import ConfigError, CopdError
-from runs import description
 
 SECRET = "sk-4f1d-never-to-be-seen"
 

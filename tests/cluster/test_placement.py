@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from cluster_runs import described
 from pydantic import ValidationError
 
 from copd_megatron.cluster.placement import NodeGroup, ServerPlace, node_groups, place
 from copd_megatron.config import RunConfig
-from runs import described
 
 SGLANG = {"engine": "sglang", "sglang": {"transport": "broadcast"}}
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cluster_runs import described
 
 from copd_megatron.cluster import slurm
 from copd_megatron.cluster.placement import node_groups
 from copd_megatron.cluster.site import environment_of_steps
 from copd_megatron.config.cluster import ContainerConfig
 from copd_megatron.errors import ConfigError, CopdError
-from runs import described
 
 NODELISTS = {"n[1-3]": ["n1", "n2", "n3"], "n[1-2]": ["n1", "n2"], "n3": ["n3"]}
 
