@@ -9,6 +9,7 @@ from typing import cast, get_args
 
 from rich.console import Console
 
+from copd_megatron.cluster.placement import check, node_groups
 from copd_megatron.config import RunConfig, load_config
 from copd_megatron.errors import ConfigError, CopdError
 from copd_megatron.files import write_atomic
@@ -47,6 +48,9 @@ def plan(
     if out is not None and out.suffix != ".json":
         raise ConfigError(f"--json {out}: expected the name of a .json file")
     config, assumed = load_config(file, overrides, RunConfig), assumptions_of(assume)
+    if nodes is None and config.cluster.gpus_per_node:  # what `copd launch` would ask for
+        check(config)
+        nodes = sum(group.nodes for group in node_groups(config))
     place = cast("Placement | None", placement)
     (made,) = make_plans([(config, model_folder(config, file))], [gpu_of(gpu)], assumed, place, engine_gpus, nodes)
     if scale is not None:

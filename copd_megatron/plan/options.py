@@ -18,7 +18,7 @@ def plan(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. rl.prompts=64")
     ] = None,
     gpu: Annotated[str, typer.Option(help="h100-80, h200-141 or b200-192, 8 in a node.")] = "h100-80",
-    nodes: Annotated[int | None, typer.Option(help="Nodes there are; by default as many as it takes.", min=1)] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes there are; else those of `cluster`.", min=1)] = None,
     placement: Annotated[
         str | None,
         typer.Option(help="Engines `colocated` on the policy's GPUs or `disaggregated`; by rollout.sglang.sleep."),

@@ -19,6 +19,7 @@ from copd_megatron.cluster.launch import launch
 from copd_megatron.config.engines import KEY_VARIABLE
 from copd_megatron.errors import ConfigError, CopdError
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 SECRET = "sk-4f1d-never-to-be-seen"
 
 
@@ -172,3 +173,18 @@ def test_no_file_of_a_launch_has_the_key(
     assert SECRET not in console.export_text() + str(submitted)
     holders = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET in path.read_text()]
     assert holders == [key]
+
+
+@pytest.mark.parametrize(
+    "file", sorted(CONFIGS.glob("qwen3_vl_*/*.yaml")), ids=lambda file: f"{file.parent.name}-{file.stem}"
+)
+def test_shipped_configurations_of_clusters_can_be_submitted(file: Path) -> None:
+    settings = yaml.safe_load(file.read_text())
+    cluster, servers = settings["cluster"], settings["rollout"]["sglang"]
+    branches = len(settings["branches"])
+    gpus = branches * settings["branches"][0]["parallel"]["world"]
+    if cluster["placement"] == "disaggregated":
+        gpus += branches * servers["servers"] * servers["tensor_parallel"]
+    script = rendered(file)
+    assert f"#SBATCH --nodes={gpus // 8}\n" in script
+    assert "#SBATCH --gpus-per-node=8\n" in script
