@@ -41,6 +41,7 @@ def flip_a_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_is_refused_and_an_older_one_ends_in_the_same_bits(
     stopped: Command, undisturbed: Command
 ) -> None:

@@ -92,7 +92,9 @@ def test_branch_that_cannot_start_tells_the_reason(tmp_path, base):
     assert "prompt too long" in output
 
 
-@pytest.mark.parametrize(("branch", "phase"), [("text", "explore"), ("image", "exchange")])
+@pytest.mark.parametrize(
+    ("branch", "phase"), [pytest.param("text", "explore", marks=pytest.mark.slow), ("image", "exchange")]
+)
 def test_run_goes_on_by_itself_after_a_rank_is_killed(command, undisturbed, branch, phase):
     process = command.start()
     command.wait_for(process, branch, lambda lines: any(line["phase"] == phase for line in lines))
@@ -108,6 +110,7 @@ def test_run_goes_on_by_itself_after_a_rank_is_killed(command, undisturbed, bran
     assert kinds == ["start", "failure", "recovery", "start", "end"]
 
 
+@pytest.mark.slow
 def test_run_that_may_not_start_again_stops_with_the_reason_and_the_same_command_goes_on(tmp_path, base, undisturbed):
     command = Command(tmp_path, base, supervision={"max_restarts": 0})
     process = command.start()
@@ -125,6 +128,7 @@ def test_run_that_may_not_start_again_stops_with_the_reason_and_the_same_command
     assert command.weights() == undisturbed.weights()
 
 
+@pytest.mark.slow
 def test_interrupt_saves_all_branches_at_one_step_and_resumes_to_the_same_bits(command, undisturbed):
     process = command.start()
     command.wait_for(process, "text", lambda lines: len(lines) >= 2)
