@@ -164,7 +164,7 @@ def _try(fault: faults.Fault, command: Command, undisturbed: Command, draw: rand
         status, output = _finish(command, process)
         if not hit:
             return result("the run had already ended", _same(command, undisturbed), "")
-        said = _cause(output) if status else _recovery(command)
+        said = _cause(output) if status > 0 else _recovery(command)  # a killed conductor says nothing
         if status == 0:
             same = _same(command, undisturbed)
             return result("went on by itself, same result" if same else "OTHER RESULT", same, said)

@@ -7,16 +7,17 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 PACKAGES = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm", "munged": "munge"}
-NODES = {"n1": "127.0.0.1", "n2": "127.0.0.2"}
+NODES = ("n1", "n2")
 
 _CONFIGURATION = """\
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({first})
 SlurmctldPort={controller}
 AuthType=auth/munge
 AuthInfo=socket={root}/munge.socket,cred_expire=5
@@ -63,7 +64,15 @@ def why_not() -> str | None:
 class SlurmCluster:
     """The cluster while the `with` block lasts; `environment` is what its commands need."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(
+        self,
+        root: Path,
+        addresses: Sequence[str] = ("127.0.0.1", "127.0.0.2"),
+        within: Sequence[Sequence[str]] = ((), ()),
+    ) -> None:
+        """`within`: for each node a command that starts others there; the controller and the rest are on the first."""
+        self._addresses = dict(zip(NODES, addresses, strict=True))
+        self.within = dict(zip(NODES, within, strict=True))
         self.root = root.resolve()  # the daemons change their folder
         self.environment = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf"), "COLUMNS": "120"}
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -81,7 +90,9 @@ class SlurmCluster:
 
     def command(self, *words: str, check: bool = True) -> str:
         """The output of one of Slurm's commands."""
-        result = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(
+            [*self.within["n1"], *words], env=self.environment, capture_output=True, text=True, timeout=60
+        )
         assert not check or result.returncode == 0, f"{' '.join(words)}: {result.stderr}{result.stdout}"
         return result.stdout
 
@@ -147,20 +158,24 @@ class SlurmCluster:
         lines = [
             f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr={address} Port={port} "
             "CPUs=2 RealMemory=4000 State=UNKNOWN"
-            for (name, address), port in zip(NODES.items(), ports[1:], strict=True)
+            for (name, address), port in zip(self._addresses.items(), ports[1:], strict=True)
         ]
         (self.root / "slurm.conf").write_text(
             _CONFIGURATION.format(
-                host=socket.gethostname(), controller=ports[0], root=self.root, nodes="\n".join(lines)
+                host=socket.gethostname(),
+                first=self._addresses["n1"],
+                controller=ports[0],
+                root=self.root,
+                nodes="\n".join(lines),
             )
         )
         munge = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self.root}/munge.socket"]
         files = [f"--{name}-file={self.root}/munge.{name}" for name in ("pid", "log", "seed")]
         self._daemon([*munge, *files])
         self._until(lambda: (self.root / "munge.socket").exists(), "munged")
-        self._daemon(["slurmctld", "-D"])
+        self._daemon([*self.within["n1"], "slurmctld", "-D"])
         for name in NODES:
-            self._daemon(["slurmd", "-D", "-N", name])
+            self._daemon([*self.within[name], "slurmd", "-D", "-N", name])
         self._until(
             lambda: self.command("sinfo", "-h", "-o", "%T %D", check=False).split()[:2] == ["idle", "2"], "nodes"
         )

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from namespaces import ADDRESSES, Namespaces
 from slurm_cluster import SlurmCluster, why_not
 from tiny_run import Command, comparable
 
+from copd_megatron.observe.events import read_events
 from copd_megatron.observe.status_file import read_status
 
 MISSING = why_not()
@@ -45,7 +47,16 @@ class SlurmCommand(Command):
     def launch(self, cluster: SlurmCluster, *overrides: str, status: int = 0) -> str:
         """What the command says; the number of the job is `self.job`."""
         result = subprocess.run(
-            [sys.executable, "-m", "copd_megatron.cli", "launch", str(self.config), "--slurm", *overrides],
+            [
+                *cluster.within["n1"],
+                sys.executable,
+                "-m",
+                "copd_megatron.cli",
+                "launch",
+                str(self.config),
+                "--slurm",
+                *overrides,
+            ],
             env=cluster.environment,
             capture_output=True,
             text=True,
@@ -145,6 +156,24 @@ def test_a_gang_over_two_nodes_survives_scancel_and_requeue(tmp_path: Path, base
     assert command.weights() == local.weights()
     ranks = command.run / "branches" / "text" / "ranks"
     assert "rank 1 of 2 on n2" in (ranks / "rank_1.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_partition_between_two_nodes_for_twenty_seconds_does_no_harm(
+    tmp_path: Path, base: Path, whole: SlurmCommand
+) -> None:
+    """Each node is a network namespace; the conductor and `text` are on one side, `image` on the other."""
+    with Namespaces() as apart, SlurmCluster(tmp_path / "slurm", ADDRESSES, apart.within) as cluster:
+        command = SlurmCommand(tmp_path, base)
+        command.launch(cluster)
+        command.until(lambda: any(line["step"] >= 2 for line in command.lines("image")))
+        apart.cut(20.0)
+        command.finishes(cluster)
+    assert "checked 2 nodes: n1 10.77.0.1, n2 10.77.0.2" in (command.run / "run.log").read_text()
+    assert [event for event in read_events(command.run) if event["kind"] == "failure"] == []
+    assert command.weights() == whole.weights()
+    for name in ("text", "image"):
+        assert comparable(command.lines(name)) == comparable(whole.lines(name))
 
 
 @pytest.mark.slow
