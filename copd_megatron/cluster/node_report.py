@@ -16,6 +16,7 @@ from typing import Any
 
 from copd_megatron import __version__
 from copd_megatron.observe.gpu import GpuTelemetry
+from copd_megatron.ports import free_ports
 
 MARK = "node-report "
 """Begins the line, which stands among what else is printed when a process starts."""
@@ -41,7 +42,7 @@ def report(run_dir: Path, base: Path, interface: str | None, address: str | None
         "gpus": gpus,
         "interfaces": [name for _, name in socket.if_nameindex()],
         "address": address,
-        "ports": [] if address is None else free_ports(address, ports),
+        "ports": [] if address is None else ports_of(address, ports),
     }
 
 
@@ -57,18 +58,12 @@ def interface_address(interface: str) -> str | None:
     return socket.inet_ntoa(answer[20:24])
 
 
-def free_ports(address: str, count: int) -> list[int] | None:
-    """Ports of `address` that nobody listens on; None if this node has no such address."""
-    sockets = [socket.socket() for _ in range(max(count, 1))]
+def ports_of(address: str, count: int) -> list[int] | None:
+    """Free ports of `address`; None if this node has no such address."""
     try:
-        for each in sockets:
-            each.bind((address, 0))
-        return [int(each.getsockname()[1]) for each in sockets[:count]]
+        return free_ports(address, max(count, 1))[:count]
     except OSError:
         return None
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def _read(file: Path) -> str | None:

@@ -18,6 +18,7 @@ from copd_megatron.cluster.placement import node_groups, place
 from copd_megatron.config import RunConfig
 from copd_megatron.errors import CopdError
 from copd_megatron.gang import Gang, torchrun
+from copd_megatron.ports import free_ports
 from copd_megatron.run_folder import RunFolder
 
 OVERRULED = ("NTASKS", "NPROCS", "CPUS_PER_TASK", "MEM_PER", "GPUS", "GRES", "TRES", "DISTRIBUTION", "CPU_BIND")
@@ -56,6 +57,7 @@ class OneMachine:
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self._config = config
         self._folder = folder
+        self._given: set[int] = set()
 
     def gang(self, branch: str, arguments: Sequence[str]) -> Gang:
         """Start the ranks of a branch with torchrun."""
@@ -65,9 +67,9 @@ class OneMachine:
     def server(self, group: str, number: int) -> Spot:
         """An address of this machine, and a port that is free there."""
         host = self._config.rollout.sglang.host
-        with socket.socket() as listener:
-            listener.bind((host, 0))
-            return Spot(host, int(listener.getsockname()[1]))
+        port = next(port for port in free_ports(host, len(self._given) + 1) if port not in self._given)
+        self._given.add(port)
+        return Spot(host, port)
 
 
 class SlurmSite:

@@ -84,5 +84,5 @@ def test_an_interface_that_is_not_there_is_named_with_those_that_are(check: Chec
 
 
 def test_an_address_of_another_machine_is_not_bound() -> None:
-    assert node_report.free_ports("192.0.2.1", 1) is None
+    assert node_report.ports_of("192.0.2.1", 1) is None
     assert node_report.interface_address("lo") == "127.0.0.1"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from copd_megatron.ports import free_ports
+
 PACKAGES = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm", "munged": "munge"}
 NODES = ("n1", "n2")
 
@@ -154,7 +156,7 @@ class SlurmCluster:
         key = self.root / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
-        ports = _free_ports(3)
+        ports = free_ports("127.0.0.1", 3)
         lines = [
             f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr={address} Port={port} "
             "CPUs=2 RealMemory=4000 State=UNKNOWN"
@@ -202,14 +204,3 @@ class SlurmCluster:
             assert not dead, f"{dead} ended\n{logs}"
             assert time.monotonic() < deadline, f"{what} did not come up\n{logs}"
             time.sleep(0.1)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from copd_megatron.config.engines import KEY_VARIABLE
-from copd_megatron.exchange import serve as free_store
+from copd_megatron.ports import free_ports
 from copd_megatron.rollout.sglang.endpoints import Endpoints
 
 KEY = "a key of the tests"
@@ -29,7 +29,7 @@ class RunningServer:
     def __init__(self, model: Path, log: Path, port: int | None = None, *arguments: str) -> None:
         self.model = model
         self.log = log
-        self.port = port or _free_port()
+        self.port = port or free_ports("127.0.0.1", 1)[0]
         self.url = f"http://127.0.0.1:{self.port}"
         self._arguments = arguments
         self.process = self._start()
@@ -90,10 +90,6 @@ class RunningServer:
     def endpoints(self, branch: str, run: str = "test") -> Endpoints:
         """As the conductor would write them."""
         return Endpoints(branch, run, (self.url,), KEY)
-
-
-def _free_port() -> int:
-    return free_store().port
 
 
 @contextmanager
