@@ -155,7 +155,8 @@ def _try(fault: faults.Fault, command: Command, undisturbed: Command, draw: rand
 
     def result(text: str, good: bool, said: str) -> Result:
         name = (fault.__doc__ or "").split(".")[0]
-        return Result(name, moment, text, good, said, time.monotonic() - begun)
+        said = said.replace(f"{command.run.parent.parent}/", "")  # where the runs are is of no interest
+        return Result(name, moment, text, good, said[:200], time.monotonic() - begun)
 
     try:
         _reach(command, process, done)

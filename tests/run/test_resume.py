@@ -100,7 +100,7 @@ def test_run_waits_until_the_last_ones_ranks_are_gone(tmp_path: Path, monkeypatc
     worker.start()
     assert ready.wait(30)
     monkeypatch.setattr("copd_megatron.run_lock._PATIENCE_SECONDS", 0.3)
-    with pytest.raises(CopdError, match="processes of an earlier `copd train` are still at work"):
+    with pytest.raises(CopdError, match="ranks of an earlier `copd train` that is gone are still at work"):
         conductor_lock(tmp_path).__enter__()
     worker.kill()
     worker.join()

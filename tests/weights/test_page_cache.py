@@ -48,9 +48,9 @@ def test_share_in_memory_is_counted(handle: int) -> None:
     os.pread(handle, 4 * 2**20, 0)
     assert 0.4 < in_memory(handle) <= 1  # the system reads ahead
     until = time.monotonic() + 10
-    while in_memory(handle) > 0.1 and time.monotonic() < until:  # what is on its way from the disk does not go yet
+    while in_memory(handle) > 0.2 and time.monotonic() < until:  # what is on its way from the disk does not go yet
         give_back(handle, 0, os.fstat(handle).st_size)
-    assert in_memory(handle) < 0.1
+    assert in_memory(handle) <= 0.2
 
 
 def test_empty_file_is_all_there(tmp_path: Path) -> None:
