@@ -1,4 +1,5 @@
-# Everything runs in .venv, which `make env` builds from pinned packages; nothing is installed outside this folder.
+# Everything runs in .venv, which `make env` builds from pinned packages. Nothing is installed outside this folder, but
+# for the run on Slurm, which as root takes Debian's slurm-wlm and munge (`make test`, `make test-slurm`).
 
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
     $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
@@ -47,7 +48,7 @@ $(BENCH_READY): $(READY)
 # Last, two runs on a real Slurm: left out, with the reason, where that cannot be had.
 INSTALL_SLURM := { command -v slurmctld && command -v munged; } > /dev/null || { apt-get update -qq && \
     DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge > /dev/null; }
-test: env compile-gate ## all fast tests, the kernels' compile gate, and a run on Slurm
+test: env compile-gate ## all fast tests, the kernels' compile gate, and runs on Slurm (as root: installs slurm-wlm, munge)
 	$(BIN)/pytest -m "not slow and not slurm" -n $(JOBS) --dist loadfile --durations=15
 	-@$(INSTALL_SLURM)
 	$(BIN)/pytest -m "slurm and not slow" tests/run/test_slurm_run.py

@@ -6,11 +6,10 @@ import faulthandler
 import os
 import sys
 import threading
-from datetime import timedelta
 
-from torch.distributed import Store, TCPStore
+from torch.distributed import DistError, Store
 
-from copd_megatron.exchange import beat_key, dump_key, refusal_key
+from copd_megatron.exchange import beat_key, dump_key, reach, refusal_key
 
 BEAT_SECONDS = 2.0
 _LOST_SECONDS = 300.0
@@ -40,7 +39,7 @@ class Heartbeat:
             try:
                 self._store.set(beat_key(self._branch, self._rank), str(count))
                 asked = self._store.add(dump_key(self._branch), 0)
-            except RuntimeError as error:
+            except DistError as error:
                 print(f"rank {self._rank} ends: the run's store is gone ({error})", file=sys.stderr, flush=True)
                 os._exit(1)
             if asked > answered:
@@ -52,4 +51,4 @@ class Heartbeat:
 
 def connect(host: str, port: int, branch: str, rank: int) -> Heartbeat:
     """The heartbeat of this process, over a connection of its own: another may be waiting for an answer."""
-    return Heartbeat(TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60)), branch, rank)
+    return Heartbeat(reach(host, port), branch, rank)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from copd_megatron.config.supervision import SupervisionConfig
-
-_WAITING = "wait"
+from copd_megatron.observe.events import Kind
 
 
 @dataclass
@@ -59,18 +58,19 @@ class Liveness:
         """Expect nothing more of a branch that has ended."""
         self._branches.pop(branch, None)
 
-    def notices(self) -> list[tuple[str, str]]:
-        """(branch, text) of ranks that have become late, and of late ones that are back."""
-        now, found = self._clock(), []
+    def notices(self) -> list[tuple[str, Kind, str]]:
+        """(branch, kind of event, text) of ranks that have become late, and of late ones that are back."""
+        now = self._clock()
+        found: list[tuple[str, Kind, str]] = []
         for name, branch in self._branches.items():
             for rank, heard in branch.beats.items():
                 silence = now - heard.since
                 if silence > self._settings.heartbeat_seconds / 2 and rank not in branch.late:
                     branch.late.add(rank)
-                    found.append((name, f"no sign of life from rank {rank} for {silence:.0f} s"))
+                    found.append((name, "warning", f"no sign of life from rank {rank} for {silence:.0f} s"))
                 elif rank in branch.late and silence < self._settings.heartbeat_seconds / 4:
                     branch.late.remove(rank)
-                    found.append((name, f"rank {rank} is back"))
+                    found.append((name, "recovery", f"rank {rank} is back"))
         return found
 
     def failures(self) -> list[tuple[str, str]]:

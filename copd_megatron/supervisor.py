@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from torch.distributed import DistError
+
 from copd_megatron.cluster.site import Site
 from copd_megatron.config import RunConfig
 from copd_megatron.errors import CopdError, Interrupted
@@ -85,7 +87,7 @@ class Supervisor:
                 newest = self._checkpoints.newest()
                 failures = 1 if newest > start else failures + 1
                 if stop.requested or failures > limit:
-                    again = "" if stop.requested else f"Starting again did not help ({failures - 1} times). "
+                    again = f"Starting again did not help ({failures - 1} times). " if failures > 1 else ""
                     raise CopdError(f"{reason}\n{again}The same command continues from step {newest}.")
                 start = self._go_back()
                 self._tell("CoPD", "recovery", f"all branches go on from step {start} (restart {failures} of {limit})")
@@ -132,7 +134,7 @@ class _Attempt:
             for name in self._worlds:
                 self._start(name, start)
             self._watch(stop)
-        except RuntimeError as error:  # of the store
+        except DistError as error:  # of the store
             self._tell("CoPD", "failure", f"the process that branches talk through is gone ({error})")
             return f"the process that branches talk through is gone ({error})"
         finally:
@@ -191,8 +193,8 @@ class _Attempt:
         self._endings[name] = word or f"died without a word, exit status {status}"
         if word in ("done", "interrupted"):
             return False
-        if not self._endings[name].startswith("lost"):  # else another one is the cause
-            self._tell(name, "failure", self._endings[name])
+        # Who has lost a peer is not to blame, unless all have: then the time to wait for each other was too short.
+        self._tell(name, "warning" if self._endings[name].startswith("lost") else "failure", self._endings[name])
         self._supervision.lost(name, self._endings[name])
         return True
 
@@ -213,8 +215,8 @@ class _Attempt:
             line = statuses.get(name)
             waiting = line is not None and BranchStatus.from_json(line).state == "wait"
             self._liveness.hear(name, line, waiting, self._supervision.beats(name, self._worlds[name]))
-        for name, notice in self._liveness.notices():
-            self._tell(name, "warning" if notice.startswith("no sign") else "recovery", notice)
+        for notice in self._liveness.notices():
+            self._tell(*notice)
         failures = self._liveness.failures()
         for name, reason in failures:
             self._tell(name, "failure", reason)

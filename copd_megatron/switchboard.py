@@ -13,13 +13,12 @@ import logging
 import subprocess
 import sys
 import threading
-from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import TCPStore
+from torch.distributed import DistError
 
 from copd_megatron.errors import CopdError
-from copd_megatron.exchange import Supervision, serve
+from copd_megatron.exchange import Supervision, reach, serve
 from copd_megatron.observe.events import EventLog
 from copd_megatron.run_lock import wait_for_workers
 
@@ -47,19 +46,19 @@ class Switchboard:
         self.address = address
         """HOST:PORT of the store."""
         host, port = address.rsplit(":", 1)
-        self.store = _connect(host, int(port))
+        self.store = reach(host, int(port))
         self._closed = threading.Event()
         threading.Thread(target=self._ask, args=(host, int(port)), name="switchboard", daemon=True).start()
 
     def _ask(self, host: str, port: int) -> None:
         """End the process when it does not answer: whoever asks it waits without end otherwise."""
-        store = _connect(host, port)
+        store = reach(host, port)
         while not self._closed.wait(_ASK_SECONDS):
             patience = threading.Timer(_ANSWER_SECONDS, self._process.kill)
             patience.start()
             try:
                 store.add("asked", 1)
-            except RuntimeError:
+            except DistError:
                 return
             finally:
                 patience.cancel()
@@ -72,10 +71,6 @@ class Switchboard:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
-
-
-def _connect(host: str, port: int) -> TCPStore:
-    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_ANSWER_SECONDS))
 
 
 def main(arguments: list[str]) -> None:

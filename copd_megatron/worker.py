@@ -38,7 +38,8 @@ def main() -> int:
     from copd_megatron.cluster.rendezvous import joined
     from copd_megatron.exchange import reach
 
-    host, port = arguments.store.rsplit(":", 1)[0], int(arguments.store.rsplit(":", 1)[1])
+    host, _, number = arguments.store.rpartition(":")
+    port = int(number)
     if arguments.rank0_host:
         # Slurm tells all tasks of a job that is to end with SIGTERM; what comes of it is the conductor's decision. (Not
         # SIG_IGN, which processes started from here would inherit.)

@@ -6,22 +6,13 @@ import math
 from typing import Literal
 
 import pytest
+from turned_clock import Clock
 
 from copd_megatron.errors import CopdError
 from copd_megatron.observe.pace import Pace, RunPlan
 from copd_megatron.observe.status import BranchStatus
 
 PLAN = RunPlan(("text", "image"), cycles=2, explore_steps=3, exchange_steps=2)
-
-
-class Clock:
-    """Time that passes when told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def status(step: int) -> BranchStatus:

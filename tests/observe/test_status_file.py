@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
+from turned_clock import Clock
 
 from copd_megatron.errors import ConfigError, CopdError, Interrupted
 from copd_megatron.observe.status import BranchStatus
@@ -21,14 +22,6 @@ CONFIG = {
     ],
     "rhythm": {"cycles": 4, "explore_steps": 15, "exchange_steps": 10},
 }
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -6,19 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from turned_clock import Clock
 
 from copd_megatron.errors import CopdError
 from copd_megatron.observe.timeline import Activity, Timeline, read_timeline
-
-
-class Clock:
-    """Time that passes when told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def spend(timeline: Timeline, clock: Clock, activity: Activity, seconds: float) -> None:

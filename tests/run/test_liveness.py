@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from turned_clock import Clock
 
 from copd_megatron.config.supervision import SupervisionConfig
 from copd_megatron.liveness import Liveness
 
 SETTINGS = SupervisionConfig(heartbeat_seconds=60, stall_seconds=600)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -53,9 +46,9 @@ def test_a_rank_that_was_cut_off_comes_back(liveness: Liveness, clock: Clock) ->
     liveness.hear("text", "train", False, {0: 1})
     clock.now += 50
     liveness.hear("text", "train", False, {0: 1})
-    assert "no sign of life from rank 0" in liveness.notices()[0][1]
+    assert liveness.notices() == [("text", "warning", "no sign of life from rank 0 for 50 s")]
     liveness.hear("text", "train", False, {0: 2})
-    assert liveness.notices() == [("text", "rank 0 is back")]
+    assert liveness.notices() == [("text", "recovery", "rank 0 is back")]
     assert liveness.notices() == []
     assert liveness.failures() == []
 

@@ -106,7 +106,7 @@ def test_run_goes_on_by_itself_after_a_rank_is_killed(command, undisturbed, bran
     assert command.weights() == undisturbed.weights()
     for name in ("text", "image"):
         assert comparable(command.lines(name)) == comparable(undisturbed.lines(name))
-    kinds = [event["kind"] for event in read_events(command.run)]
+    kinds = [event["kind"] for event in read_events(command.run) if event["kind"] != "warning"]  # of the one left
     assert kinds == ["start", "failure", "recovery", "start", "end"]
 
 
