@@ -31,6 +31,10 @@ app.add_typer(convert_app, name="convert")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. rl.prompts=64")]
 
+Ranks = Annotated[
+    int, typer.Option(min=1, help="Runs go side by side while they have at most so many training processes together.")
+]
+
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")]
 
 
@@ -250,6 +254,7 @@ def compare(
     only: Annotated[
         list[str] | None, typer.Option(help="Run this arm alone; repeatable. The table has all that are there.")
     ] = None,
+    ranks: Ranks = 1,
     table: Annotated[bool, typer.Option("--table", help="Run nothing; write the table of what is there.")] = False,
 ) -> None:
     """Train methods side by side, then write the table with intervals. Goes on with what is missing.
@@ -259,7 +264,7 @@ def compare(
     from copd_megatron.compare.command import compare as do
 
     given = [*(overrides or []), *([f"seeds=[{seeds}]"] if seeds else [])]
-    do(config, given, Console(), only=tuple(only or ()), train=not table)
+    do(config, given, Console(), only=tuple(only or ()), train=not table, ranks=ranks)
 
 
 @app.command(epilog="Example: copd pilot configs/pilot/mini.yaml --seeds 0")
@@ -268,6 +273,7 @@ def pilot(
     overrides: Overrides = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, e.g. 0,1; by default those of the description.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of everything; by default the description's.")] = None,
+    ranks: Ranks = 1,
     table: Annotated[bool, typer.Option("--table", help="Run nothing; write the pages of what is there.")] = False,
 ) -> None:
     """One teacher, students at several distances from it: what each absorbs, and what predicts it.
@@ -277,7 +283,7 @@ def pilot(
     from copd_megatron.pilot.command import pilot as do
 
     given = [*(overrides or []), *([f"seeds=[{seeds}]"] if seeds else []), *([f"out={out}"] if out else [])]
-    do(config, given, Console(), train=not table)
+    do(config, given, Console(), train=not table, ranks=ranks)
 
 
 app.command("plan", epilog="Example: copd plan configs/qwen3_vl_4b/nodes_80gb.yaml --gpu h100-80 --scale 8..16384")(

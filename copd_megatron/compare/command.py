@@ -17,7 +17,12 @@ from copd_megatron.errors import CopdError, Interrupted
 
 
 def compare(
-    config: Path, overrides: Sequence[str], console: Console, only: tuple[str, ...] = (), train: bool = True
+    config: Path,
+    overrides: Sequence[str],
+    console: Console,
+    only: tuple[str, ...] = (),
+    train: bool = True,
+    ranks: int = 1,
 ) -> None:
     """Raises CopdError, after the table is written, if a run has failed or rows are not at the same budget."""
     comparison = load_config(config, overrides, Comparison)
@@ -26,7 +31,7 @@ def compare(
     reasons: dict[tuple[str, int], str] = {}
     if train:
         try:
-            reasons = do_missing(comparison, console, only)
+            reasons = do_missing(comparison, console, only, ranks)
         except Interrupted as error:
             stopped = error
     if not any(is_done(comparison.run_dir(arm.name, seed)) for arm in comparison.arms for seed in comparison.seeds):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -23,22 +23,34 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str], model: type[Model]) -> Model:
-    """Read `path`, apply `overrides` (dotted.key=value), resolve ${…} references and check against `model`.
+    """Read `path`, apply `overrides` (dotted.key=value, branches.0.key for a list's items), resolve ${…} references and check against `model`.
 
     Raises ConfigError for a missing or malformed file, an unknown key (with the nearest valid one) or a bad value.
     """
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{file}: no such config file")
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r}: expected key=value, for example rl.prompts=32")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(merged, resolve=True)
+        content = OmegaConf.load(file)
+        for override in overrides:
+            _put(content, override)
+        plain = OmegaConf.to_container(content, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{file}: {error}") from error
     return check(plain, model, str(file))
+
+
+def _put(content: DictConfig | ListConfig, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r}: expected key=value, for example rl.prompts=32")
+    value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+    try:
+        # One by one, not as a merge, in which the keys of a list's items (branches.0.parallel) have no place.
+        OmegaConf.update(content, key, value, merge=True)
+    except (OmegaConfBaseException, AssertionError, TypeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"override {override!r}: there is nothing at {key!r} to set: {reason}") from error
 
 
 def check(plain: Any, model: type[Model], origin: str) -> Model:

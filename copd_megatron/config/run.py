@@ -92,6 +92,12 @@ class RunConfig(Section):
             raise ValueError(f"branches: names must differ, found {names}")
         edges_of(self.topology, names)
         methods.check(self)
+        trained_on = [one.name for one in self.branches if one.data.mini is None and one.data.validation is None]
+        if self.eval.split == "validation" and trained_on:
+            raise ValueError(
+                f"eval.split = validation: {', '.join(trained_on)} have no data.validation, and would be evaluated on "
+                "what they were trained on"
+            )
         names = [branch.name for branch in self.trained]
         if self.log.overlap_k > self.opd.top_k:
             raise ValueError(

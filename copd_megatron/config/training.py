@@ -177,7 +177,9 @@ class EvalConfig(Section):
     """The table at the end of a run."""
 
     problems: int = Field(1024, ge=1)
-    """Problems per capability of the test split."""
+    """Problems per capability."""
+    split: Literal["test", "validation"] = "test"
+    """Which problems: `validation` is for choosing settings, so that the test problems are not used up by it."""
     samples: int = Field(1, ge=1)
     """Samples per problem; 1 is greedy."""
     models: tuple[Literal["base", "branches", "merged"], ...] = ("base", "branches", "merged")

@@ -1,4 +1,4 @@
-"""What a model is tested on: one suite per capability, from the mini suite or from a run description."""
+"""What a model is evaluated on: one suite per capability, from the mini suite or from a run description."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ def mini_suites(task: MiniTask, modalities: Sequence[Modality], seed: int, probl
 
 
 def run_suites(config: RunConfig, seed: int, problems: int) -> list[Suite]:
-    """The test data of a run's branches, without those branches that have none."""
+    """The data of `eval.split` of a run's branches, without those branches that have none."""
     suites = []
     for branch in config.branches:
-        test = open_capability(branch, config.data, seed, problems).test
-        if test is not None:
+        capability = open_capability(branch, config.data, seed, problems)
+        source = capability.test if config.eval.split == "test" else capability.validation
+        if source is not None:
             group_of = mini_operation if branch.data.mini is not None else None
-            suites.append(Suite(branch.name, test, min(problems, len(test)), group_of))
+            suites.append(Suite(branch.name, source, min(problems, len(source)), group_of))
     return suites
 
 
@@ -52,8 +53,11 @@ def describe(config: RunConfig) -> str:
     if asked:
         modalities = MODALITIES["mini-video" if "video" in asked else "mini"]
         lines.append(config.data.mini.describe(modalities))
-    lines += [f"{branch.name}: {branch.data.test.path}" for branch in config.branches if branch.data.test is not None]
-    return "; ".join(lines)
+    for branch in config.branches:
+        source = branch.data.test if config.eval.split == "test" else branch.data.validation
+        if source is not None:
+            lines.append(f"{branch.name}: {source.path}")
+    return "; ".join([*lines, *(["VALIDATION problems"] if config.eval.split == "validation" else [])])
 
 
 def mini_operation(prompt: Prompt) -> str:

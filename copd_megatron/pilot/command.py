@@ -16,14 +16,14 @@ from copd_megatron.pilot.runs import check_descriptions, do_missing
 from copd_megatron.pilot.settings import PilotSettings
 
 
-def pilot(config: Path, overrides: Sequence[str], console: Console, train: bool = True) -> None:
+def pilot(config: Path, overrides: Sequence[str], console: Console, train: bool = True, ranks: int = 1) -> None:
     """Raises CopdError, after the pages are written, if a student has no gain; Interrupted, without pages, when the
     user stops it."""
     study = load_config(config, overrides, PilotSettings)
     check_descriptions(study)
     reasons = {}
     if train:
-        reasons = do_missing(study, console)
+        reasons = do_missing(study, console, ranks)
         try:
             measure_missing(study, console)
         except KeyboardInterrupt as error:

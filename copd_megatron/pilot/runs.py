@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from copd_megatron.compare.child_run import do_run, is_done, refuse_other_settings
+from copd_megatron.compare.child_run import Job, do_runs, refuse_other_settings
 from copd_megatron.config import RunConfig
 from copd_megatron.errors import CopdError
 from copd_megatron.pilot.settings import PilotSettings
@@ -24,25 +24,30 @@ def check_descriptions(study: PilotSettings) -> None:
             refuse_other_settings(config)
 
 
-def do_missing(study: PilotSettings, console: Console) -> Reasons:
+def do_missing(study: PilotSettings, console: Console, ranks: int = 1) -> Reasons:
     """Do what is missing; why students have no gain, for those that have none.
 
-    A run that fails does not end the study; it is tried again the next time. Raises Interrupted when the user stops a
-    run, CopdError where a finished run has lost a checkpoint.
+    A run that fails does not end the study; it is tried again the next time. Runs are side by side while they have at
+    most `ranks` training processes together. Raises Interrupted when the user stops a run, CopdError where a finished
+    run has lost a checkpoint.
     """
     reasons: Reasons = {}
     for seed in study.seeds:
-        failed = []
-        for config in _rlvr(study, seed):
-            if (reason := _do(config, f"expert {config.student}, seed {seed}", console)) is not None:
-                failed.append(f"no expert {config.student}: {reason}")
-            else:
-                write_models(study, seed, str(config.student), console)
-        for updates in study.student.updates:
-            what = f"student of {updates} updates, seed {seed}"
-            reason = failed[0] if failed else _do(study.distillation(seed, updates), what, console)
-            if reason is not None:
-                reasons[seed, updates] = reason
+        experts = [Job(f"expert {config.student}, seed {seed}", config) for config in _rlvr(study, seed)]
+        failed = do_runs(experts, console, ranks)
+        for expert in experts:
+            if expert.what not in failed:
+                write_models(study, seed, str(expert.config.student), console)
+        students = {
+            updates: Job(f"student of {updates} updates, seed {seed}", study.distillation(seed, updates))
+            for updates in study.student.updates
+        }
+        if failed:
+            what, reason = next(iter(failed.items()))
+            reasons |= {(seed, updates): f"no {what}: {reason}" for updates in students}
+            continue
+        failed = do_runs(list(students.values()), console, ranks)
+        reasons |= {(seed, updates): failed[job.what] for updates, job in students.items() if job.what in failed}
     return reasons
 
 
@@ -68,7 +73,3 @@ def write_models(study: PilotSettings, seed: int, capability: str, console: Cons
 
 def _rlvr(study: PilotSettings, seed: int) -> tuple[RunConfig, RunConfig]:
     return study.rlvr(seed, study.teacher.capability), study.rlvr(seed, study.student.capability)
-
-
-def _do(config: RunConfig, what: str, console: Console) -> str | None:
-    return None if is_done(Path(config.run_dir)) else do_run(config, what, console)

@@ -38,6 +38,11 @@ def test_overrides_reach_nested_keys_and_references_are_resolved(tmp_path):
     assert (config.seed, config.run_dir, config.rl.prompts, config.native_prompts) == (5, "runs/seed5", 32, 16)
 
 
+def test_overrides_reach_the_items_of_a_list(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL), ["branches.1.parallel.world=2", "branches[0].name=words"], RunConfig)
+    assert [(branch.name, branch.parallel.world) for branch in config.branches] == [("words", 1), ("image", 2)]
+
+
 def test_unknown_key_names_the_nearest_valid_one(tmp_path):
     with pytest.raises(ConfigError, match=r"rl\.promts: unknown key; did you mean 'prompts'"):
         load_config(write(tmp_path, MINIMAL), ["rl.promts=32"], RunConfig)
@@ -54,6 +59,11 @@ def test_unknown_key_names_the_nearest_valid_one(tmp_path):
         (["topology=star"], "unknown preset 'star'"),
         (["rhythm.explore_steps=0", "rhythm.exchange_steps=0"], "nothing would be trained"),
         (["rl.prompts"], "expected key=value"),
+        (
+            ["branches.2.name=video"],
+            "'branches.2.name=video': there is nothing at 'branches.2.name' to set: list index",
+        ),
+        (["branches.text.name=video"], "there is nothing at 'branches.text.name' to set: Index 'text'"),
         (["data.max_prompt_tokens=16385"], "raise it to 32769"),
         (["opd.top_k=4", "log.overlap_k=5"], "raise opd.top_k = 4 or lower log.overlap_k"),
         (["opd.loss=full_jsd"], r"opd\.loss = full_jsd needs the teacher's logits .* set teacher\.where = resident"),

@@ -159,6 +159,29 @@ def test_problems_of_a_file_are_asked_once_each(model: Path, tmp_path: Path) -> 
     assert (result.problems, result.samples, sum(result.verdicts.values())) == (3, 2, 6)
 
 
+def test_settings_are_chosen_on_validation_problems(config_file: Path, console: Console, monkeypatch) -> None:
+    monkeypatch.setattr(final, "RewardPool", InProcessPool)
+    asked = {}
+    for split in ("test", "validation"):
+        config = load_config(config_file, [f"eval.split={split}", "eval.models=[base]"], RunConfig)
+        asked[split] = [suite.source[index].uid for suite in run_suites(config, 5, 12) for index in range(suite.size)]
+        folder = RunFolder(Path(config.run_dir).with_name(split))
+        folder.path.mkdir()
+        evaluate_run(config, folder, console)
+        assert ("VALIDATION problems" in folder.evaluation.read_text()) == (split == "validation")
+    assert [len(uids) for uids in asked.values()] == [24, 24]
+    assert all(f"/{split}/" in uid for split, uids in asked.items() for uid in uids)
+
+
+def test_training_problems_are_not_taken_for_validation(config_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"eval\.split = validation: text have no data\.validation"):
+        load_config(
+            config_file,
+            ["branches.0.data.mini=null", "branches.0.data.train={path: a.jsonl}", "eval.split=validation"],
+            RunConfig,
+        )
+
+
 def test_one_sample_is_greedy_and_several_are_drawn_at_the_temperature() -> None:
     one = EvalSettings(samples=1, max_new_tokens=3, max_prompt_tokens=64, seed=0, temperature=0.7)
     assert (one.sampling((54,)).n, one.sampling((54,)).temperature) == (1, 0.0)
