@@ -23,7 +23,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str], model: type[Model]) -> Model:
-    """Read `path`, apply `overrides` (dotted.key=value, branches.0.key for a list's items), resolve ${…} references and check against `model`.
+    """Read `path`, apply `overrides`, resolve ${…} references and check against `model`.
+
+    An override is `dotted.key=value`; `branches.0.key=value` reaches the items of a list.
 
     Raises ConfigError for a missing or malformed file, an unknown key (with the nearest valid one) or a bad value.
     """

@@ -177,7 +177,11 @@ def test_training_problems_are_not_taken_for_validation(config_file: Path) -> No
     with pytest.raises(ConfigError, match=r"eval\.split = validation: text have no data\.validation"):
         load_config(
             config_file,
-            ["branches.0.data.mini=null", "branches.0.data.train={path: a.jsonl}", "eval.split=validation"],
+            [
+                "branches.0.data.mini=null",
+                "branches.0.data.train={path: a.jsonl, verifier: digits}",
+                "eval.split=validation",
+            ],
             RunConfig,
         )
 
