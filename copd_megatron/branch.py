@@ -66,7 +66,8 @@ class Branch:
         self.config = config
         self.rhythm = rhythm
         self.own = name
-        self.teachers = [teacher for student, teacher in config.edges if student == name]
+        self._lessons = config.lessons(name)
+        self.teachers = list(self._lessons)
         self._folder = folder
         self._policy = policy
         self._loss = loss
@@ -146,20 +147,20 @@ class Branch:
         if self._actor is not None and not self._resident:  # resident teachers read what they need when they are asked
             self._load_teachers(self._actor.teachers, wanted)
 
-    def lessons(self, prompts: int) -> dict[str, list[Rollout]]:
-        """For every teacher, G rollouts for each of `prompts` prompts of its capability (over all data-parallel ranks),
-        with the log-probabilities that its engine gives their tokens; empty lists where there is no actor."""
+    def lessons(self) -> dict[str, list[Rollout]]:
+        """For every teacher, G rollouts for each prompt of its capability, with what its engine gives their tokens;
+        empty lists where there is no actor."""
         # Other branches' engines are not asked where teachers are resident, so there is nothing to end together.
         point = None if self._resident else f"taught/{self._step.number}"
         with self._span("rollout" if self._resident else "score"):
             if self._actor is None:
                 return self._ask(lambda: {teacher: [] for teacher in self.teachers}, point)
             assert self._teacher_version is not None
-            share, step = prompts // layout.data_parallel_size(), self._step.number
+            replicas, step = layout.data_parallel_size(), self._step.number
             tasks = {
-                name: self._actor.sampling_task(name, share, step)
+                name: self._actor.sampling_task(name, self._lessons[name] // replicas, step)
                 if self._resident
-                else self._actor.lesson_task(teacher, share, step, self._teacher_version)
+                else self._actor.lesson_task(teacher, self._lessons[name] // replicas, step, self._teacher_version)
                 for name, teacher in self._actor.teachers.items()
             }
             finished: dict[str, list[Rollout]] = {}
@@ -177,7 +178,7 @@ class Branch:
         group = self.config.rl.group
         prompts = self.config.rl.prompts if self._step.phase == "explore" else self.config.native_prompts
         counts = {NATIVE: prompts * group}
-        counts |= dict.fromkeys(range(len(cross or {})), self.config.cross_prompts * group)
+        counts |= {number: self._lessons[teacher] * group for number, teacher in enumerate(cross or {})}
         samples: list[Sample] | None = None
         tally = Tally()
         if self._actor is not None:

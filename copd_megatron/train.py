@@ -30,6 +30,6 @@ def train(branch: Branch, rhythm: FixedRhythm | SteeredRhythm) -> None:
             branch.begin(step)
             branch.meet_teachers()
             native = branch.grade(branch.rollouts(branch.own, branch.config.native_prompts))
-            cross = branch.lessons(branch.config.cross_prompts)
+            cross = branch.lessons()
             branch.update(native, cross)
             branch.settle()

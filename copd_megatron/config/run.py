@@ -136,6 +136,12 @@ class RunConfig(Section):
                         f"{key} = {prompts} is not a multiple of the {replicas} data-parallel ranks of "
                         f"branch {branch.name}"
                     )
+            if not all(lessons := self.lessons(branch.name).values()):
+                raise ValueError(
+                    f"opd.cross_prompts = {self.cross_prompts} do not give each of the {len(lessons)} teachers of "
+                    f"{branch.name} a prompt on each of its {replicas} data-parallel ranks: raise it to "
+                    f"{len(lessons) * replicas}"
+                )
         return self
 
     def _teachers(self) -> None:
@@ -211,8 +217,22 @@ class RunConfig(Section):
 
     @property
     def cross_prompts(self) -> int:
-        """Prompts of each teacher's capability in a Phase II step."""
+        """Prompts of the teachers' capabilities in a Phase II step of a branch."""
         return self.opd.cross_prompts or self.rl.prompts
+
+    def lessons(self, student: str) -> dict[str, int]:
+        """Prompts of each teacher's capability in a Phase II step of `student`.
+
+        `cross_prompts` are dealt out in whole rounds of the student's data-parallel ranks, so that a branch makes as
+        many rollouts with two teachers as with one; what is left over goes to the first of them.
+        """
+        teachers = [teacher for name, teacher in self.edges if name == student]
+        replicas = self.branch(student).parallel.layout().dp
+        rounds = self.cross_prompts // replicas
+        return {
+            teacher: replicas * (rounds // len(teachers) + (number < rounds % len(teachers)))
+            for number, teacher in enumerate(teachers)
+        }
 
     def branch(self, name: str) -> BranchConfig:
         """The branch called `name`."""

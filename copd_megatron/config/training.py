@@ -58,7 +58,8 @@ class OPDConfig(Section):
     native_prompts: int | None = Field(None, ge=0)
     """Own prompts in a Phase II step; default `rl.prompts`, and none under `static_opd` and `mopd`."""
     cross_prompts: int | None = Field(None, ge=1)
-    """Prompts of each teacher's capability in a Phase II step; default `rl.prompts`."""
+    """Prompts of the teachers' capabilities in a Phase II step, dealt out evenly among a student's teachers; default
+    `rl.prompts`."""
 
 
 class TeacherConfig(Section):

@@ -169,8 +169,11 @@ def _scaled(config: RunConfig, factor: float, work: Work) -> RunConfig | None:
         ):
             plain[section][name] = round(number * factor)
     replicas = [branch.parallel.layout().dp * factor for branch in config.trained]
-    least = min(plain["rl"]["prompts"], plain["opd"]["cross_prompts"] or plain["rl"]["prompts"])
-    if any(least % dp for dp in replicas):
+    cross = plain["opd"]["cross_prompts"] or plain["rl"]["prompts"]
+    if any(number % dp for dp in replicas for number in (plain["rl"]["prompts"], cross)):
+        return None
+    most = max(len(config.lessons(branch.name)) for branch in config.trained)
+    if any(cross < dp * most for dp in replicas):
         return None
     return RunConfig.model_validate(plain)
 

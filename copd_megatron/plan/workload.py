@@ -123,12 +123,11 @@ def updates(config: RunConfig, name: str, assumed: Assumptions) -> dict[str, Upd
     def portion(of: str, prompts: int) -> Portion:
         return Portion(capability_of(config.branch(of), config, assumed), prompts, config.rl.group, lengths)
 
-    teachers = [teacher for student, teacher in config.edges if student == name]
     return {
         "explore": Update(portion(name, config.rl.prompts), {}),
         "exchange": Update(
             portion(name, config.native_prompts),
-            {teacher: portion(teacher, config.cross_prompts) for teacher in teachers},
+            {teacher: portion(teacher, prompts) for teacher, prompts in config.lessons(name).items()},
         ),
     }
 

@@ -43,6 +43,30 @@ def test_overrides_reach_the_items_of_a_list(tmp_path):
     assert [(branch.name, branch.parallel.world) for branch in config.branches] == [("words", 1), ("image", 2)]
 
 
+HUB = {
+    **MINIMAL,
+    "branches": [*MINIMAL["branches"], {"name": "video", "data": {"mini": {"modality": "video"}}}],
+    "topology": {"hub": "text"},
+}
+
+
+def test_prompts_of_teachers_are_dealt_out_in_whole_rounds_of_the_ranks(tmp_path):
+    config = load_config(write(tmp_path, HUB), ["rl.prompts=32"], RunConfig)
+    assert config.lessons("text") == {"image": 16, "video": 16}
+    assert config.lessons("image") == {"text": 32}
+    config = load_config(write(tmp_path, HUB), ["opd.cross_prompts=10", "branches.0.parallel.world=2"], RunConfig)
+    assert config.lessons("text") == {"image": 6, "video": 4}
+    assert config.lessons("video") == {"text": 10}
+    alone = load_config(write(tmp_path, MINIMAL), ["topology=none"], RunConfig)
+    assert alone.lessons("text") == {}
+
+
+def test_a_teacher_without_prompts_is_refused(tmp_path):
+    overrides = ["opd.cross_prompts=2", "branches.0.parallel.world=2"]
+    with pytest.raises(ConfigError, match=r"cross_prompts = 2 do not give each of the 2 teachers of text .* to 4"):
+        load_config(write(tmp_path, HUB), overrides, RunConfig)
+
+
 def test_unknown_key_names_the_nearest_valid_one(tmp_path):
     with pytest.raises(ConfigError, match=r"rl\.promts: unknown key; did you mean 'prompts'"):
         load_config(write(tmp_path, MINIMAL), ["rl.promts=32"], RunConfig)

@@ -107,12 +107,13 @@ def test_engines_elsewhere_leave_the_policys_gpus_alone(in_process: None) -> Non
     assert apart.branches[0].slots > together.branches[0].slots
 
 
-def test_the_busiest_branch_is_the_hub(in_process: None) -> None:
+def test_a_hub_makes_as_many_rollouts_as_its_spokes(in_process: None) -> None:
     plan, _ = planned(SMALL)
-    text, image, video = plan.branches
-    assert text.phases["exchange"].update.rollouts == 3 * 2048  # its own, and those for two teachers
-    assert image.phases["exchange"].update.rollouts == video.phases["exchange"].update.rollouts == 2 * 2048
-    assert text.phases["exchange"].time.wait == 0 < image.phases["exchange"].time.wait
+    text = plan.branches[0]
+    for branch in plan.branches:
+        assert branch.phases["exchange"].update.rollouts == 2 * 2048  # its own, and those for its teachers
+    assert [portion.rollouts for portion in text.phases["exchange"].update.cross.values()] == [1024, 1024]
+    assert sorted(branch.phases["exchange"].time.wait for branch in plan.branches)[0] == 0
     # docs/sglang.md: 759 bytes per scored token with top 64.
     scored = sum(portion.response_tokens for portion in text.phases["exchange"].update.cross.values())
     assert text.score_answer_bytes / scored == pytest.approx(759.4, abs=0.1)
