@@ -17,9 +17,9 @@ from copd_megatron.run_folder import RunFolder
 
 
 class OpenEngines:
-    """Opens engines for branch `own`; servers on other nodes reach its rank 0 at `host`."""
+    """Opens engines for branch `own`; servers of the same Slurm job reach its rank 0 at `host`."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, own: str, host: str | None = None) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, own: str, host: str) -> None:
         self._config = config
         self._folder = folder
         self._own = own
@@ -64,5 +64,7 @@ class OpenEngines:
         if settings.transport == "files":
             return Files(size, self._folder.branches.resolve() / group / "handover")
         if settings.transport == "broadcast":
-            return Broadcast(size, settings.address or self._host or settings.host)
+            # On one machine that is the loopback, which servers of somebody else could not reach.
+            own = self._host if self._config.cluster.launcher == "slurm" else settings.host
+            return Broadcast(size, settings.address or own)
         return SharedMemory(size)

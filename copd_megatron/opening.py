@@ -39,10 +39,10 @@ from copd_megatron.spokesman import Spokesman
 from copd_megatron.steering.steered import SteeredRhythm
 
 
-def open_branch(run: str, name: str, exchange: Exchange | None, resume: int, host: str | None = None) -> Branch:
+def open_branch(run: str, name: str, exchange: Exchange | None, resume: int, host: str) -> Branch:
     """This rank's part of branch `name`, at checkpoint `resume` (0: the base). Called by every rank of the gang.
 
-    Rank 0 brings the `exchange`. `host` is its node's address where other nodes take part.
+    Rank 0 brings the `exchange`. `host` is its node's address.
     """
     torch.set_num_threads(1)
     folder = RunFolder(run)

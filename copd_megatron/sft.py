@@ -7,7 +7,6 @@ of rewards. Every update takes as many examples of each capability.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,9 +23,13 @@ from copd_megatron.data.mini.task import Modality
 from copd_megatron.data.settings import SourceSettings
 from copd_megatron.errors import CopdError
 from copd_megatron.policy.optimizer import OptimizerSettings
+from copd_megatron.processes import Processes, seats
+from copd_megatron.run_lock import die_with_parent
 
 if TYPE_CHECKING:
     from copd_megatron.data.capability import Source
+
+_POLL_SECONDS = 0.25
 
 
 class Demonstrations(BaseModel):
@@ -92,16 +95,24 @@ class SftSettings(BaseModel):
 
 def launch(settings: SftSettings) -> None:
     """Run `settings`, in a gang of processes of its own if `world` > 1. Raises CopdError if it fails."""
-    if settings.world == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+    if settings.world == 1 or "RANK" in os.environ:
         run(settings)
         return
+    from copd_megatron.exchange import address, serve
+
+    store = serve()
+    meeting = address(store.host, store.port)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(settings.model_dump(mode="json"), file)
         file.flush()
-        command = ["-m", "torch.distributed.run", "--nproc-per-node", str(settings.world), "--rdzv-backend", "c10d",
-                   "--rdzv-endpoint", "127.0.0.1:0", "-m", "copd_megatron.cli", "sft", file.name]  # fmt: skip
-        environment = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **os.environ}
-        status = subprocess.run([sys.executable, *command], env=environment).returncode
+        command = [sys.executable, "-m", "copd_megatron.cli", "sft", file.name]
+        environments = [{**os.environ, **meeting, **seat} for seat in seats(settings.world)]
+        ranks = Processes(command, environments, before=die_with_parent)
+        try:
+            while (status := ranks.poll()) is None:
+                time.sleep(_POLL_SECONDS)
+        finally:
+            ranks.kill()
     if status:
         raise CopdError(f"the supervised run failed with status {status}; the reason stands above")
 

@@ -1,6 +1,7 @@
-"""One rank of a branch's gang: `torchrun … -m copd_megatron.worker --run-dir RUN --branch NAME …`.
+"""One rank of a branch's gang: `python -m copd_megatron.worker --run-dir RUN --branch NAME …`.
 
-The conductor starts it; nobody else needs to.
+The conductor starts it, by srun if it runs on a cluster; nobody else needs to. It may outlive the conductor: it ends
+when the run's store is gone (heartbeat.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 from copd_megatron.errors import CopdError, Interrupted, PeerLost
-from copd_megatron.run_lock import die_with_parent, hold_worker_lock
+from copd_megatron.run_lock import hold_worker_lock
 
 
 def main() -> int:
@@ -23,32 +24,28 @@ def main() -> int:
     parser.add_argument("--branch", required=True, help="name of the branch")
     parser.add_argument("--store", required=True, help="HOST:PORT of the conductor's store")
     parser.add_argument("--resume", type=int, required=True, help="checkpoint step to go on from, 0 for the base")
-    parser.add_argument("--rank0-host", help="started by srun: the address of rank 0's node")
-    parser.add_argument("--gang", help="started by srun: a name of this start of the gang")
+    parser.add_argument("--rank0-host", required=True, help="the address of rank 0's node")
+    parser.add_argument("--gang", required=True, help="a name of this start of the gang")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
-    die_with_parent()
     hold_worker_lock(Path(arguments.run_dir))
 
     from copd_megatron.policy import platform
 
     platform.prepare()
 
-    from copd_megatron.cluster.rendezvous import joined
+    from copd_megatron.cluster.rendezvous import by_srun, joined
     from copd_megatron.exchange import reach
 
     host, _, number = arguments.store.rpartition(":")
     port = int(number)
-    if arguments.rank0_host:
+    if by_srun():
         # Slurm tells all tasks of a job that is to end with SIGTERM; what comes of it is the conductor's decision. (Not
         # SIG_IGN, which processes started from here would inherit.)
         signal.signal(signal.SIGTERM, lambda number, frame: None)
-        rank, world, node = (os.environ.get(f"SLURM{name}") for name in ("_PROCID", "_NTASKS", "D_NODENAME"))
-        logging.info("branch %s, rank %s of %s on %s", arguments.branch, rank, world, node)
-        with joined(reach(host, port), arguments.gang, arguments.rank0_host):
-            return _train(arguments, host, port)
-    return _train(arguments, host, port)
+    with joined(reach(host, port), arguments.gang, arguments.rank0_host):
+        return _train(arguments, host, port)
 
 
 def _train(arguments: argparse.Namespace, host: str, port: int) -> int:
@@ -57,7 +54,7 @@ def _train(arguments: argparse.Namespace, host: str, port: int) -> int:
     from copd_megatron.opening import open_branch
     from copd_megatron.train import train
 
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(os.environ["RANK"])
     heart = heartbeat.connect(host, port, arguments.branch, rank)
     exchange = connect(host, port, arguments.branch) if rank == 0 else None
     branch = None

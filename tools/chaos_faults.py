@@ -27,7 +27,7 @@ class Target:
 
     def ranks(self) -> list[psutil.Process]:
         """Every rank of every branch."""
-        return [process for process in _processes("copd_megatron.worker", str(self.command.run)) if not _agent(process)]
+        return _processes("copd_megatron.worker", str(self.command.run))
 
     def rank(self) -> psutil.Process:
         """One of them."""
@@ -54,10 +54,6 @@ def _processes(*words: str) -> list[psutil.Process]:
     if not found:
         raise ProcessLookupError(f"no process has {', '.join(words)} on its command line")
     return found
-
-
-def _agent(process: psutil.Process) -> bool:
-    return "torch.distributed.run" in process.cmdline()
 
 
 def kill_rank(target: Target) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from copd_megatron.exchange import address, serve
+from copd_megatron.processes import seats
 
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -20,11 +21,11 @@ def run(command: Sequence[str], world: int, folder: Path, timeout: float) -> lis
     whose status then is None.
     """
     store = serve()
-    shared = {"WORLD_SIZE": str(world), **address(store.host, store.port)}
+    shared = {**os.environ, **THREADS, **address(store.host, store.port)}
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in range(world):
-            environment = {**os.environ, **THREADS, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank, seat in enumerate(seats(world)):
+            environment = {**shared, **seat}
             with (folder / f"{rank}.out").open("w") as stdout, (folder / f"{rank}.err").open("w") as stderr:
                 processes.append(subprocess.Popen(command, env=environment, stdout=stdout, stderr=stderr))
         deadline = time.monotonic() + timeout

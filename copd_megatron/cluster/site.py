@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import sys
 from collections import Counter
@@ -17,8 +16,9 @@ from copd_megatron.cluster.node_check import Node, Wanted, check_nodes
 from copd_megatron.cluster.placement import node_groups, place
 from copd_megatron.config import RunConfig
 from copd_megatron.errors import CopdError
-from copd_megatron.gang import Gang, torchrun
+from copd_megatron.gang import Gang
 from copd_megatron.ports import free_ports
+from copd_megatron.processes import seats
 from copd_megatron.run_folder import RunFolder
 
 OVERRULED = ("NTASKS", "NPROCS", "CPUS_PER_TASK", "MEM_PER", "GPUS", "GRES", "TRES", "DISTRIBUTION", "CPU_BIND")
@@ -60,9 +60,10 @@ class OneMachine:
         self._given: set[int] = set()
 
     def gang(self, branch: str, arguments: Sequence[str]) -> Gang:
-        """Start the ranks of a branch with torchrun."""
-        world = self._config.branch(branch).parallel.world
-        return Gang(branch, torchrun(branch, world), arguments, self._folder.branch(branch) / "log.txt")
+        """Start the ranks of a branch."""
+        environments = [{**os.environ, **seat} for seat in seats(self._config.branch(branch).parallel.world)]
+        log = self._folder.branch(branch) / "log.txt"
+        return Gang(branch, [sys.executable], arguments, self.address, environments, log)
 
     def server(self, group: str, number: int) -> Spot:
         """An address of this machine, and a port that is free there."""
@@ -101,9 +102,9 @@ class SlurmSite:
         home = self._placement.gangs[branch]
         logs = self._folder.branch(branch).absolute() / "ranks"
         launcher = self._srun(home.group, home.nodes, home.ranks, logs / "rank_%t.txt")
-        place = ["--rank0-host", self._nodes[home.nodes[0]].address, "--gang", f"{branch}/{secrets.token_hex(4)}"]
+        host = self._nodes[home.nodes[0]].address
         log = self._folder.branch(branch) / "log.txt"
-        return Gang(branch, launcher, [*arguments, *place], log, logs, self._environment)
+        return Gang(branch, launcher, arguments, host, [self._environment], log, logs)
 
     def server(self, group: str, number: int) -> Spot:
         """An address of the server's node, a port that is free there, and an srun."""
@@ -141,11 +142,12 @@ def open_site(config: RunConfig, folder: RunFolder) -> Site:
 
 
 def environment_of_steps(config: RunConfig, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What ranks and servers get: the job's environment, without what would change srun, and the interfaces."""
+    """What ranks and servers get: the job's environment, without what would change srun or passes for a rank on one
+    machine, and the interfaces."""
     kept = {
         name: value
         for name, value in environment.items()
-        if not (name.startswith("SLURM_") and name.removeprefix("SLURM_").startswith(OVERRULED))
+        if not (name.startswith("SLURM_") and name.removeprefix("SLURM_").startswith(OVERRULED)) and name != "RANK"
     }
     interface = config.cluster.interface
     named = {} if interface is None else {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}

@@ -61,7 +61,14 @@ def test_another_job_than_the_run_asks_for_is_refused(environment: dict[str, str
 
 def test_steps_have_options_of_their_own_and_the_interface() -> None:
     config = described({"interface": "ib0", "environment": {"NCCL_DEBUG": "WARN"}})
-    before = {"PATH": "/bin", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_MEM_PER_CPU": "4", "SLURM_GPUS": "8"}
+    before = {
+        "PATH": "/bin",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "2",
+        "SLURM_MEM_PER_CPU": "4",
+        "SLURM_GPUS": "8",
+        "RANK": "0",
+    }
     assert environment_of_steps(config, before) == {
         "PATH": "/bin",
         "SLURM_JOB_ID": "7",

@@ -11,6 +11,7 @@ from typing import Any
 import torch.multiprocessing as multiprocessing
 
 from copd_megatron.exchange import address, serve
+from copd_megatron.processes import seats
 
 
 def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:
@@ -23,7 +24,8 @@ def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: floa
     queue = context.Queue()
     place = address(store.host, store.port)
     processes = [
-        context.Process(target=_member, args=(queue, rank, world, place, function, arguments)) for rank in range(world)
+        context.Process(target=_member, args=(queue, rank, {**place, **seat}, function, arguments))
+        for rank, seat in enumerate(seats(world))
     ]
     for process in processes:
         process.start()
@@ -42,9 +44,9 @@ def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: floa
 
 
 def _member(
-    queue: Any, rank: int, world: int, store: dict[str, str], function: Callable[..., Any], arguments: tuple[Any]
+    queue: Any, rank: int, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any]
 ) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), **store)
+    os.environ.update(environment)
     try:
         result = function(*arguments)
     except BaseException:
