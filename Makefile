@@ -12,6 +12,8 @@ SEED ?= 0
 SEEDS ?= 0 1 2
 COMPARISON ?= configs/compare/two_branch.yaml
 JOBS ?= 2
+# One more than the cores of a small machine: a run that starts or is evaluated leaves cores to the others.
+RANKS ?= 3
 FAULTS ?= 20
 GIGABYTES ?= 1 4 12
 REPEATS ?= 2
@@ -76,7 +78,7 @@ demo: env ## two branches co-evolve on the mini suite (SEED=0)
 
 compare: env ## methods side by side on the mini suite (SEEDS="0 1 2", COMPARISON=configs/compare/two_branch.yaml)
 	for seed in $(SEEDS); do $(BIN)/python tools/mini_base.py --seed $$seed $(if $(findstring video,$(COMPARISON)),--video) || exit 1; done
-	$(BIN)/copd compare $(COMPARISON) --seeds $(shell echo $(SEEDS) | tr ' ' ',') --ranks $(JOBS)
+	$(BIN)/copd compare $(COMPARISON) --seeds $(shell echo $(SEEDS) | tr ' ' ',') --ranks $(RANKS)
 
 layouts: env ## every parallel layout beside one process
 	$(BIN)/python tools/layouts.py
