@@ -225,6 +225,10 @@ def load_processor(folder: str | os.PathLike[str]) -> Qwen3VLProcessor | TextPro
         raise WeightsError(f"{folder}: no processor can be loaded from there: {error}") from error
     if not hasattr(processor, "image_processor"):
         raise WeightsError(f"{folder}: found a {type(processor).__name__}, expected a processor for text and images")
+    videos = getattr(processor, "video_processor", None)
+    if videos is not None and getattr(videos, "cap_pixels_per_frame", True) is None:
+        # As Qwen's own code for videos does, and transformers by default from version 5.22 on.
+        videos.cap_pixels_per_frame = True
     return processor
 
 

@@ -229,6 +229,18 @@ def test_what_a_processor_announces_is_what_it_must_make(processor: Any, monkeyp
         PromptBuilder(processor, max_prompt_tokens=99).build(example(clip(2, 32, 8), "sum="), "video")
 
 
+def test_frames_of_a_video_are_no_larger_than_qwens_own_code_makes_them(processor: Any) -> None:
+    roomy = copy.deepcopy(processor)
+    roomy.video_processor.size["longest_edge"] = 10**7  # pixels of all frames together
+    prompt = PromptBuilder(roomy, max_prompt_tokens=4096).build(example(clip(4, 320, 240), "what?"), "video")
+    assert prompt.media is not None
+    frames, rows, columns = prompt.media.grid_thw[0].tolist()
+    patch = roomy.video_processor.patch_size
+    # 768 tokens of 8 x 8 pixels, where 320 x 240 pixels would have been 1200.
+    assert rows * columns * patch**2 <= 768 * (2 * patch) ** 2 < 320 * 240
+    assert frames == 2
+
+
 def test_nothing_becomes_nothing(builder: PromptBuilder) -> None:
     assert builder.build_many([], "text") == ([], [])
 
