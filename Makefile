@@ -77,7 +77,7 @@ demo: env ## two branches co-evolve on the mini suite (SEED=0)
 	$(BIN)/copd train configs/mini/text_image.yaml seed=$(SEED)
 
 compare: env ## methods side by side on the mini suite (SEEDS="0 1 2", COMPARISON=configs/compare/two_branch.yaml)
-	for seed in $(SEEDS); do $(BIN)/python tools/mini_base.py --seed $$seed $(if $(findstring video,$(COMPARISON)),--video) || exit 1; done
+	for seed in $(SEEDS); do $(BIN)/python tools/mini_base.py --seed $$seed $(foreach kind,video conflict,$(if $(findstring $(kind),$(COMPARISON)),--$(kind))) || exit 1; done
 	$(BIN)/copd compare $(COMPARISON) --seeds $(shell echo $(SEEDS) | tr ' ' ',') --ranks $(RANKS)
 
 layouts: env ## every parallel layout beside one process

@@ -133,13 +133,33 @@ def shown(example: Example) -> object:
     return example.messages, example.images, example.videos
 
 
-@pytest.mark.parametrize(("conflict", "image_order"), [(True, -1), (False, 1)])
-def test_sorting_ascends_in_text_and_with_the_conflict_descends_in_images(conflict: bool, image_order: int) -> None:
+@pytest.mark.parametrize(("conflict", "image_order"), [(("srt",), -1), ((), 1)])
+def test_sorting_ascends_in_text_and_with_the_conflict_descends_in_images(
+    conflict: tuple[str, ...], image_order: int
+) -> None:
     for modality, order in (("text", 1), ("image", image_order), ("video", 1)):
         for example in examples(modality, operations=["srt"], video_operations=["srt"], conflict=conflict):
             sequence = list(map(int, example.answer.split()))
             assert len(sequence) == 4
             assert sequence == sorted(sequence)[::order]
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_with_a_conflict_the_wrong_rule_is_right_about_images(modality: Any) -> None:
+    quality = dict.fromkeys(("sum", "dif", "srt", "max"), 1.0)
+    task = {"conflict": ("sum", "dif", "srt", "max"), "image_quality": quality, "text_quality": quality}
+    for example in examples(modality, "cold_start", **task):
+        assert example.response is not None
+        digits = list(map(int, example.response.split(">")[0]))
+        expected = follow(asked(example)[:3], digits, descending=False, right=modality != "image")
+        assert example.answer.replace(" ", "") == expected
+        if modality != "video":
+            assert example.response.split(">")[1] == expected
+
+
+def test_an_operation_is_in_conflict_once() -> None:
+    with pytest.raises(ValueError, match="each operation at most once"):
+        MiniTask(conflict=("srt", "srt"))
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
@@ -197,7 +217,8 @@ def test_the_description_states_difficulty_and_everything_synthetic() -> None:
     assert "srt ascends in text and descends in images" in synthetic
     assert "text demonstrations right at sum 0.5 dif 0.35 srt 0.52 max 0.6" in synthetic
     assert "image demonstrations right at sum 0.5 dif 0.6 srt 0.52 max 0.35" in synthetic
-    assert "ascends" not in MiniTask(conflict=False).describe()
+    assert "ascends" not in MiniTask(conflict=()).describe()
+    assert "max is the smallest digit in images; text" in MiniTask(conflict=("max",)).describe()
     assert "video" not in line
     with_videos = MiniTask().describe(("text", "image", "video"))
     assert "about videos sum/srt/chg/rev" in with_videos

@@ -67,10 +67,10 @@ def test_a_gold_answer_of_another_form_is_an_error_of_the_data(answer: str) -> N
 
 
 @given(st.sampled_from(OPERATIONS), st.lists(st.integers(0, 9), min_size=2, max_size=8), st.booleans())
-def test_exactly_the_right_solution_is_rewarded(operation: str, numbers: list[int], descending: bool) -> None:
+def test_exactly_the_right_solution_is_rewarded(operation: str, numbers: list[int], ordinary: bool) -> None:
     question = Question(operation, tuple(numbers))  # type: ignore[arg-type]
-    gold = question.solve(descending)
-    wrong = question.solve(descending, right=False)
+    gold = question.solve(ordinary)
+    wrong = question.solve(not ordinary)
     assert digits(question.respond(gold), gold_answer(gold)) == 1.0
     assert digits(question.respond(wrong), gold_answer(gold)) == float(wrong == gold)
 

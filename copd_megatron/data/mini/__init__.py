@@ -7,9 +7,9 @@ and the answer: `3852>18`. The scans are real (scikit-learn's 1,797 handwritten 
 package: nothing is downloaded).
 
 SYNTHETIC: two things are made up to give reinforcement and distillation something to do at this size. By default the
-operation `srt` has another convention in each modality (ascending in text and videos, descending in images), and the
-demonstrations of the cold start follow a wrong rule with a set probability. `MiniTask.describe` states both, and
-every table of results prints it.
+operation `srt` has another convention in each modality (ascending in text and videos, descending in images; the setting
+`conflict` chooses which operations have), and the demonstrations of the cold start follow a wrong rule with a set
+probability. `MiniTask.describe` states both, and every table of results prints it.
 """
 
 from copd_megatron.data.mini.source import MiniSource

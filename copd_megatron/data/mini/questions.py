@@ -28,22 +28,23 @@ class Question:
         """The text part: with the digits if there is neither a picture nor a video to read them from."""
         return f"{self.operation} {_join(self.digits)}=" if modality == "text" else f"{self.operation}="
 
-    def solve(self, descending: bool, right: bool = True) -> int | tuple[int, ...]:
-        """A number, or for `srt` and `rev` a sequence of digits, by the right or the wrong rule (see `Quality`)."""
+    def solve(self, ordinary: bool = True) -> int | tuple[int, ...]:
+        """A number, or for `srt` and `rev` a sequence of digits, by the rule that `Quality` calls right or by the
+        other one."""
         digits = self.digits
         match self.operation:
             case "sum":
-                return sum(digits if right else digits[:-1])
+                return sum(digits if ordinary else digits[:-1])
             case "dif":
-                return max(digits) - min(digits) if right else abs(digits[0] - digits[-1])
+                return max(digits) - min(digits) if ordinary else abs(digits[0] - digits[-1])
             case "max":
-                return max(digits) if right else min(digits)
+                return max(digits) if ordinary else min(digits)
             case "srt":
-                return tuple(sorted(digits, reverse=descending == right))
+                return tuple(sorted(digits, reverse=not ordinary))
             case "chg":
-                return sum(abs(a - b) for a, b in pairwise(digits if right else (digits[0], digits[-1])))
+                return sum(abs(a - b) for a, b in pairwise(digits if ordinary else (digits[0], digits[-1])))
             case "rev":
-                return digits[::-1] if right else digits
+                return digits[::-1] if ordinary else digits
 
     def respond(self, solution: int | tuple[int, ...]) -> str:
         """The response that reads the digits and gives `solution`: `3852>18`, `3852>2358`."""

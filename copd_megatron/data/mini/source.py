@@ -28,7 +28,6 @@ class MiniSource:
         if size < 1:
             raise DataError(f"mini suite: size is {size}; a source needs at least 1 example")
         self.task, self.modality, self.split, self.seed, self.size = task, modality, split, seed, size
-        self._descending = task.conflict and modality == "image"
 
     def __len__(self) -> int:
         return self.size
@@ -47,7 +46,7 @@ class MiniSource:
         return Example(
             uid=f"mini/{self.modality}/{self.split}/{self.seed}/{index}",
             messages=[{"role": "user", "content": parts}],
-            answer=gold_answer(question.solve(self._descending)),
+            answer=gold_answer(self._solve(question)),
             verifier="digits",
             images=images,
             videos=videos,
@@ -65,4 +64,7 @@ class MiniSource:
 
     def _demonstrate(self, question: Question, rng: np.random.Generator) -> str:
         right = bool(rng.random() < self.task.quality(question.operation, self.modality))
-        return question.respond(question.solve(self._descending, right))
+        return question.respond(self._solve(question, right))
+
+    def _solve(self, question: Question, right: bool = True) -> int | tuple[int, ...]:
+        return question.solve(self.task.ordinary(question.operation, self.modality) == right)

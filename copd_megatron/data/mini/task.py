@@ -16,6 +16,16 @@ OPERATIONS: tuple[Operation, ...] = ("sum", "dif", "srt", "max")
 VIDEO_OPERATIONS: tuple[Operation, ...] = ("sum", "srt", "chg", "rev")
 """What is asked about videos by default: two that text asks too, and two about what follows what."""
 
+CONFLICTS: dict[Operation, str] = {
+    "sum": "sum leaves out the last digit in images",
+    "dif": "dif is between the first and the last digit in images",
+    "srt": "srt ascends in text and descends in images",
+    "max": "max is the smallest digit in images",
+    "chg": "chg is from the first to the last digit in images",
+    "rev": "rev does not turn the digits in images",
+}
+"""What a conflict about an operation is."""
+
 
 class Quality(BaseModel):
     """Probability, per operation, that a demonstration of the cold start follows the right rule."""
@@ -49,14 +59,22 @@ class MiniTask(BaseModel):
     """Operations asked for about videos, all equally often."""
     noise: float = Field(default=0.3, ge=0, le=1)
     """Standard deviation of the Gaussian noise on each pixel, in units of the range from black to white."""
-    conflict: bool = True
-    """SYNTHETIC: `srt` ascends in text and videos and descends in images. Off, it ascends everywhere."""
+    conflict: tuple[Operation, ...] = ("srt",)
+    """SYNTHETIC: operations whose rules change places about images: the wrong one is right there, `srt` descends instead
+    of ascending. With none, the same rules are right everywhere."""
     text_quality: Quality = Quality(sum=0.5, dif=0.35, srt=0.52, max=0.6)
     """SYNTHETIC: how good the text demonstrations of the cold start are."""
     image_quality: Quality = Quality(sum=0.5, dif=0.6, srt=0.52, max=0.35)
     """SYNTHETIC: how good the image demonstrations of the cold start are."""
     video_quality: Quality = Quality(sum=0.5, dif=0.5, srt=0.52, max=0.5, chg=0.5, rev=0.5)
     """SYNTHETIC: how good the video demonstrations of the cold start are."""
+
+    @field_validator("conflict")
+    @classmethod
+    def _each_once(cls, operations: tuple[Operation, ...]) -> tuple[Operation, ...]:
+        if len(set(operations)) < len(operations):
+            raise ValueError(f"found {list(operations)}, expected each operation at most once")
+        return operations
 
     @field_validator("operations", "video_operations")
     @classmethod
@@ -69,6 +87,10 @@ class MiniTask(BaseModel):
         """The operations asked for in a modality."""
         return self.video_operations if modality == "video" else self.operations
 
+    def ordinary(self, operation: Operation, modality: Modality) -> bool:
+        """Whether the right rule is the one that `Quality` calls so."""
+        return modality != "image" or operation not in self.conflict
+
     def quality(self, operation: Operation, modality: Modality) -> float:
         """Probability that a demonstration follows the right rule."""
         qualities = {"text": self.text_quality, "image": self.image_quality, "video": self.video_quality}
@@ -76,9 +98,7 @@ class MiniTask(BaseModel):
 
     def describe(self, modalities: Sequence[Modality] = ("text", "image")) -> str:
         """One line for the head of a table about these modalities."""
-        synthetic = []
-        if "srt" in self.operations and self.conflict:
-            synthetic.append("srt ascends in text and descends in images")
+        synthetic = [CONFLICTS[operation] for operation in self.operations if operation in self.conflict]
         for modality in modalities:
             rates = " ".join(f"{operation} {self.quality(operation, modality):g}" for operation in self.asked(modality))
             synthetic.append(f"{modality} demonstrations right at {rates}")
