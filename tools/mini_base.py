@@ -3,8 +3,8 @@
     python tools/mini_base.py --seed 0 [--experts 4] [--video | --conflict]
 
 A tiny real Qwen3-VL, dense or with experts, is built from the seed and cold-started by `copd sft` on demonstrations of
-mixed quality, which takes a minute or two: of text and images, with `--video` of videos too, with `--conflict` where the
-right rules about images are others than in text. The result is kept under a hash of everything it depends on;
+mixed quality, which takes a minute or two: of text and images, with `--video` of videos too, with `--conflict` where
+the right rules about images are others than in text. The result is kept under a hash of everything it depends on;
 `.cache/mini_base/seed_0`, `experts4_seed_0`, `video_seed_0` or `conflict_seed_0` points to it.
 """
 

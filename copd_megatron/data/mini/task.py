@@ -60,8 +60,8 @@ class MiniTask(BaseModel):
     noise: float = Field(default=0.3, ge=0, le=1)
     """Standard deviation of the Gaussian noise on each pixel, in units of the range from black to white."""
     conflict: tuple[Operation, ...] = ("srt",)
-    """SYNTHETIC: operations whose rules change places about images: the wrong one is right there, `srt` descends instead
-    of ascending. With none, the same rules are right everywhere."""
+    """SYNTHETIC: operations whose rules change places about images: the wrong one is right there, `srt` descends and
+    does not ascend. With none, the same rules are right everywhere."""
     text_quality: Quality = Quality(sum=0.5, dif=0.35, srt=0.52, max=0.6)
     """SYNTHETIC: how good the text demonstrations of the cold start are."""
     image_quality: Quality = Quality(sum=0.5, dif=0.6, srt=0.52, max=0.35)
