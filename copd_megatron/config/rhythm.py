@@ -33,7 +33,7 @@ class RhythmConfig(Section):
     """Shortest and longest steered Phase II; default: a third and twice `exchange_steps`. The last one, with which
     every run ends, has at least `exchange_steps` and may be longer."""
     low: float = Field(0.90, ge=0, le=1)
-    """Phase I ends when the overlap (overlap@k, k = log.overlap_k) of an edge is below."""
+    """Phase I ends when the overlap (overlap@k, k = log.overlap_k) of an edge is below, or would be (`ahead`)."""
     high: float = Field(0.95, ge=0, le=1)
     """Phase II ends when that of every edge is above."""
     low_support: float | None = Field(0.5, ge=0, le=1)
@@ -45,6 +45,9 @@ class RhythmConfig(Section):
     """Weight of the newest probe in the moving average, which starts anew with each phase."""
     patience: int = Field(2, ge=1)
     """Probes (one every log.probe_every updates) in which overlap did not rise, after which it has stopped rising."""
+    ahead: float = Field(0.0, ge=0)
+    """Probes by which Phase I looks ahead: it also ends when overlap would be below `low` by then if it went on falling
+    as since the last probe. With 1, `low` is a bound that overlap keeps rather than one that it crosses."""
     rate: float = Field(0.5, gt=0, le=1)
     """`absorption`: share of the way that bounds move towards the best Phase II."""
     memory: int = Field(4, ge=1)
@@ -96,7 +99,7 @@ class RhythmConfig(Section):
         """The rhythm at its beginning."""
         if self.kind == "fixed":
             return FixedRhythm(self.cycles, self.explore_steps, self.exchange_steps)
-        limits = Limits(self.low, self.high, self.low_support, self.sureness, self.smoothing, self.patience)
+        limits = Limits(self.low, self.high, self.low_support, self.sureness, self.smoothing, self.patience, self.ahead)
         search = Search(self.rate, self.memory, *self.range) if self.kind == "absorption" else None
         return SteeredRhythm(self.lengths, limits, search)
 

@@ -13,10 +13,11 @@ from copd_megatron.steering.readings import Edge, Estimate, Reading, Trace, late
 class Limits:
     """Between which a run is kept.
 
-    Phase I lasts until the overlap of an edge is below `low`, Phase II until every edge is above `high` or has stopped
-    rising; both by `sureness` standard errors of the moving average, in which the newest probe counts `smoothing`. An
-    edge has stopped rising if none of its last `patience` averages exceeds all before them. `low_support` is the
-    largest share of a teacher's rollouts that a student may have lost (None: any).
+    Phase I lasts until the overlap of an edge is below `low`, or would be `ahead` probes later if it went on falling as
+    since the last one; Phase II until every edge is above `high` or has stopped rising; all by `sureness` standard
+    errors of the moving average, in which the newest probe counts `smoothing`. An edge has stopped rising if none of
+    its last `patience` averages exceeds all before them. `low_support` is the largest share of a teacher's rollouts
+    that a student may have lost (None: any).
     """
 
     low: float
@@ -25,18 +26,34 @@ class Limits:
     sureness: float
     smoothing: float
     patience: int
+    ahead: float = 0.0
 
 
 def why_leave_explore(trace: Trace, limits: Limits) -> str | None:
     """Why Phase I should end; None if nothing that was measured says so."""
     for name, readings in sorted(trace.items()):
-        overlap = latest([reading.overlap for reading in readings], limits.smoothing)
-        if overlap is not None and overlap.mean + limits.sureness * overlap.error < limits.low:
-            return f"overlap of {name} fell to {overlap}, below {limits.low:.3f}"
+        averages = list(smoothed([reading.overlap for reading in readings], limits.smoothing))
+        if averages and _below(averages[-1], limits):
+            return f"overlap of {name} fell to {averages[-1]}, below {limits.low:.3f}"
+        if len(averages) > 1 and _below(coming := _ahead(averages[-2], averages[-1], limits.ahead), limits):
+            return f"overlap of {name} fell to {averages[-1]}, and would fall to {coming}, below {limits.low:.3f}"
         lost = _lost_support(readings, limits)
         if lost is not None:
             return f"{name} lost support: {lost} of the teacher's rollouts, above {limits.low_support:.3f}"
     return None
+
+
+def _below(overlap: Estimate, limits: Limits) -> bool:
+    return overlap.mean + limits.sureness * overlap.error < limits.low
+
+
+def _ahead(before: Estimate, now: Estimate, probes: float) -> Estimate:
+    """Where a falling overlap will be, on a straight line through the last two averages; a rising one stays."""
+    if now.mean >= before.mean:
+        return now
+    return Estimate(
+        now.mean + probes * (now.mean - before.mean), math.hypot((1 + probes) * now.error, probes * before.error)
+    )
 
 
 def why_leave_exchange(trace: Trace, limits: Limits) -> str | None:

@@ -172,6 +172,6 @@ def test_every_shipped_cold_start_is_valid():
 
     folder = Path(__file__).parents[2] / "configs"
     files = [file for file in folder.rglob("*.yaml") if "steps" in yaml.safe_load(file.read_text())]
-    assert {file.name for file in files} == {"base.yaml", "base_video.yaml"}
+    assert {file.name for file in files} == {"base.yaml", "base_conflict.yaml", "base_video.yaml"}
     for file in files:
         assert load_config(file, [], SftSettings).data[0].mini == "text"

@@ -44,6 +44,13 @@ def test_overlap_is_kept_between_its_bounds():
     assert min(drift.overlap.values()) > LIMITS.low - 0.01 * 5, "at most one probe's distance below"
 
 
+@pytest.mark.parametrize("fall", [0.002, 0.005, 0.01])
+def test_overlap_never_falls_below_its_bound_if_phase_one_looks_ahead(fall):
+    drift = Drift(fall=fall)
+    check(list(simulate(SteeredRhythm(LENGTHS, replace(LIMITS, smoothing=1.0, ahead=1.0)), drift)))
+    assert min(drift.overlap.values()) >= LIMITS.low - 1e-9
+
+
 def test_fast_drift_makes_short_phases_and_slow_drift_long_ones():
     fast = check(list(simulate(SteeredRhythm(LENGTHS, LIMITS), Drift(fall=0.03))))
     slow = check(list(simulate(SteeredRhythm(LENGTHS, LIMITS), Drift(fall=0.001))))

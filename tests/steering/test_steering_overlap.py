@@ -43,6 +43,18 @@ def test_phase_one_ends_when_any_edge_falls_below():
     assert why_leave_explore(trace(0.95, 0.86), EXACT) is None
 
 
+def test_phase_one_ends_before_overlap_falls_below_if_it_looks_ahead():
+    looking = replace(EXACT, ahead=1.0)
+    assert why_leave_explore(trace(0.95, 0.91), looking) is None, "0.87 comes next"
+    reason = why_leave_explore(trace(0.95, 0.89), looking)
+    assert reason == f"overlap of {EDGE} fell to 0.890 ± 0.000, and would fall to 0.830 ± 0.000, below 0.850"
+    assert why_leave_explore(trace(0.80, 0.86), looking) is None, "it rises"
+    assert why_leave_explore(trace(0.89), looking) is None, "nothing is known of how it falls"
+    # sure by 1 standard error, of 2 x 0.01 and 0.01 together
+    assert why_leave_explore(trace(0.95, 0.89, error=0.01), looking) is None
+    assert why_leave_explore(trace(0.95, 0.88, error=0.01), looking) is not None
+
+
 def test_one_low_probe_is_not_enough_where_it_is_uncertain():
     assert why_leave_explore(trace(0.95, 0.84, error=0.02), EXACT) is None
     assert why_leave_explore(trace(0.95, 0.84, error=0.005), EXACT) is not None
