@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from copd_megatron.data.media import Folders, Reference, checked_reference
+from copd_megatron.data.options import gold_label, labelled, read_options
+from copd_megatron.data.places import with_media
 from copd_megatron.data.row import BadRow
 from copd_megatron.data.settings import SourceSettings
+from copd_megatron.data.template import fill, slots
 from copd_megatron.data.video import VideoReference, checked_videos
 from copd_megatron.errors import ConfigError
 from copd_megatron.rewards import known
@@ -34,19 +36,20 @@ class Record:
 def read_record(row: Mapping[str, Any], settings: SourceSettings, folders: Folders, uid: str) -> Record:
     """Check a row and arrange its parts; `uid` is used if the row brings none. Raises BadRow."""
     fields = settings.fields
-    images = _images(_value(row, fields.images, "images"), folders) if fields.images else ()
+    options = read_options(_value(row, fields.options, "options"), fields.options) if fields.options else {}
+    images = _images(row, fields.images, folders) if fields.images else {}
     videos: tuple[VideoReference, ...] = ()
     if fields.videos:
         rate = _value(row, fields.video_fps, "video_fps") if fields.video_fps else None
-        shown = _value(row, fields.videos, "videos")
-        if fields.video_fps and rate is None and shown is not None:
+        given = _value(row, fields.videos, "videos")
+        if fields.video_fps and rate is None and given is not None:
             raise BadRow("field", f"field {fields.video_fps!r}: expected the videos' frames per second, found null")
-        videos = checked_videos(shown, rate, folders)
+        videos = checked_videos(given, rate, folders)
     if fields.messages:
         messages = _conversation(_value(row, fields.messages, "messages"), fields.messages)
     else:
-        name = fields.prompt or "prompt"
-        messages = [{"role": "user", "content": _text(row, name, "prompt")}]
+        shown = {**row, fields.options: labelled(options)} if fields.options else row
+        messages = [{"role": "user", "content": _text(shown, fields.prompt or "prompt", "prompt")}]
     response = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
     if not messages or (response is not None and not isinstance(response, str)):
         raise BadRow("field", "the assistant's demonstration must be a text behind at least one other message")
@@ -54,18 +57,21 @@ def read_record(row: Mapping[str, Any], settings: SourceSettings, folders: Folde
         response = _text(row, fields.response, "response")
     if settings.system_prompt is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": settings.system_prompt})
+    messages, in_order = with_media(messages, images, len(videos), settings)
     return Record(
         uid=_text(row, fields.uid, "uid") if fields.uid else uid,
-        messages=_with_media(messages, {"image": len(images), "video": len(videos)}, settings),
-        images=images,
+        messages=messages,
+        images=in_order,
         videos=videos,
-        answer=_text(row, fields.answer, "answer") if fields.answer else "",
+        answer=_answer(row, options, settings) if fields.answer else "",
         verifier=_verifier(row, settings),
         response=response,
     )
 
 
 def _value(row: Mapping[str, Any], name: str, option: str) -> Any:
+    if slots(name):
+        return fill(name, lambda slot: _slot(row, slot, option))
     if name in row:
         return row[name]
     found: Any = row
@@ -74,6 +80,13 @@ def _value(row: Mapping[str, Any], name: str, option: str) -> Any:
             raise missing(name, [str(key) for key in row], option)
         found = found[part]
     return found
+
+
+def _slot(row: Mapping[str, Any], name: str, option: str) -> str:
+    value = _value(row, name, option)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
+        raise BadRow("field", f"field {name!r}: expected a text for fields.{option}, found {_shown(value)}")
+    return "" if value is None else str(value)
 
 
 def missing(name: str, have: Sequence[str], option: str) -> BadRow:
@@ -107,10 +120,29 @@ def _verifier(row: Mapping[str, Any], settings: SourceSettings) -> str:
     return name
 
 
-def _images(value: Any, folders: Folders) -> tuple[Reference, ...]:
+def _answer(row: Mapping[str, Any], options: Mapping[str, str], settings: SourceSettings) -> str:
+    fields = settings.fields
+    assert fields.answer is not None
+    if fields.options and not options and settings.verifier == "choice":
+        raise BadRow("options", f"field {fields.options!r} has no options; verifier choice_or_math takes such rows too")
+    answer = _text(row, fields.answer, "answer")
+    return gold_label(answer, options, settings.answer_by) if options else answer
+
+
+def _images(row: Mapping[str, Any], fields: str | Sequence[str], folders: Folders) -> dict[int, Reference]:
+    """By number, which counts the images of one field, and several fields themselves."""
+    if isinstance(fields, str):
+        return dict(enumerate(_references(_value(row, fields, "images"), folders), 1))
+    by_field = [_references(_value(row, name, "images"), folders) for name in fields]
+    if crowded := [name for name, found in zip(fields, by_field, strict=True) if len(found) > 1]:
+        raise BadRow("images", f"field {crowded[0]!r}: several images; of several fields each has one image or none")
+    return {number: found[0] for number, found in enumerate(by_field, 1) if found}
+
+
+def _references(value: Any, folders: Folders) -> list[Reference]:
     if value is None:
-        return ()
-    return tuple(checked_reference(one, folders) for one in (value if isinstance(value, list) else [value]))
+        return []
+    return [checked_reference(one, folders) for one in (value if isinstance(value, list) else [value])]
 
 
 def _conversation(value: Any, name: str) -> list[dict[str, Any]]:
@@ -152,60 +184,6 @@ def _part(part: Any, place: str) -> dict[str, str]:
             "field", f"{place}: found {extra}; {kind} parts mark the place, fields.{kind}s has what goes there"
         )
     return {"type": kind}
-
-
-def _with_media(
-    messages: list[dict[str, Any]], counts: Mapping[str, int], settings: SourceSettings
-) -> list[dict[str, Any]]:
-    """The messages with one part per image and per video; `counts` says how many of them the row has."""
-    marks = {"image": settings.image_placeholder, "video": settings.video_placeholder}
-    placed = [
-        message if message["role"] == "assistant" else {**message, "content": _split(message["content"], marks)}
-        for message in messages
-    ]
-    parts = [part for message in placed if isinstance(message["content"], list) for part in message["content"]]
-    unplaced: list[dict[str, str]] = []
-    for kind, count in counts.items():
-        places = sum(part["type"] == kind for part in parts)
-        if places == 0 and count:
-            unplaced += [{"type": kind}] * count
-        elif places != count:
-            named = settings.fields.images if kind == "image" else settings.fields.videos
-            hint = "" if named else f"; fields.{kind}s is not set, so the row has none"
-            literal = f"; {kind}_placeholder='' takes {marks[kind]!r} literally" if marks[kind] else ""
-            raise BadRow(f"{kind}s", f"{places} places for {kind}s in the messages, but {count} {kind}s{hint}{literal}")
-    if unplaced:
-        first = next((message for message in placed if message["role"] == "user"), None)
-        if first is None:
-            kind = unplaced[0]["type"]
-            raise BadRow(f"{kind}s", f"no user's message that the {kind}s could belong to")
-        content = first["content"]
-        first["content"] = unplaced + ([{"type": "text", "text": content}] if isinstance(content, str) else content)
-    return placed
-
-
-def _split(content: str | Sequence[dict[str, str]], marks: Mapping[str, str]) -> str | list[dict[str, str]]:
-    """Content with an image part in place of every mark of an image, and a video part in place of a video's."""
-    kinds = {mark: kind for kind, mark in marks.items() if mark}
-    if not kinds:
-        return content if isinstance(content, str) else list(content)
-    if isinstance(content, str):
-        if not any(mark in content for mark in kinds):
-            return content
-        content = [{"type": "text", "text": content}]
-    pattern = re.compile("(" + "|".join(map(re.escape, kinds)) + ")")
-    parts: list[dict[str, str]] = []
-    for part in content:
-        if part["type"] != "text":
-            parts.append(part)
-            continue
-        # Every other piece is a mark.
-        for number, piece in enumerate(pattern.split(part["text"])):
-            if number % 2:
-                parts.append({"type": kinds[piece]})
-            elif piece:
-                parts.append({"type": "text", "text": piece})
-    return parts
 
 
 def _shown(value: Any) -> str:

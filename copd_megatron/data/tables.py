@@ -63,7 +63,7 @@ def open_table(path: Path, settings: SourceSettings) -> TableRows:
     folder = path.absolute() if path.is_dir() else path.absolute().parent
     cache = Path(datasets.config.HF_CACHE_HOME).absolute()
     folders = Folders(folder, (folder, cache)) if path.exists() else Folders(None, (cache,))
-    media = [field for field in (settings.fields.images, settings.fields.videos) if field]
+    media = [field for option in ("images", "videos") for field in settings.fields.columns().get(option, ())]
     name = f"{settings.path}[{settings.split}]" if settings.split else settings.path
     return TableRows(table.select_columns(columns), name, folders, media)
 
@@ -80,6 +80,8 @@ def _load(path: Path, settings: SourceSettings) -> Dataset:
             if builder is None:
                 raise DataError(f"{path}: cannot tell the format of a {path.suffix or 'nameless'} file; set `format`")
             found = datasets.load_dataset(builder, data_files=str(path), split=settings.split or "train")
+        elif path.is_dir() and settings.format == "parquet":  # whatever a README beside the files may say
+            found = datasets.load_dataset("parquet", data_dir=str(path), split=settings.split)
         else:
             found = datasets.load_dataset(settings.path, name=settings.name, split=settings.split)
     except DataError:
@@ -110,16 +112,13 @@ def _from_disk(path: Path, split: str | None) -> Dataset | DatasetDict:
 
 def _columns(settings: SourceSettings, have: list[str]) -> list[str]:
     """The top-level fields that are read, and no others: unused ones may be large."""
-    fields = settings.fields
-    wanted = {option: name for option, name in fields if name is not None}
-    if fields.messages is None:
-        wanted["prompt"] = fields.prompt or "prompt"
     columns = []
-    for option, name in wanted.items():
-        column = name if name in have else name.partition(".")[0]
-        if column not in have:
-            raise DataError(f"{settings.path}: {missing(name, have, option)}")
-        columns.append(column)
+    for option, names in settings.fields.columns().items():
+        for name in names:
+            column = name if name in have else name.partition(".")[0]
+            if column not in have:
+                raise DataError(f"{settings.path}: {missing(name, have, option)}")
+            columns.append(column)
     return list(dict.fromkeys(columns))
 
 

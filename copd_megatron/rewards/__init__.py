@@ -1,9 +1,9 @@
 """Judging responses: verifiers, each `(response, answer) -> reward in [0, 1]`, and a pool that runs them safely.
 
-A verifier is found by name. Built in are `choice`, `digits`, `exact`, `math` and `number`, one module each. A package
-adds its own under the entry point group `copd_megatron.verifiers`; a data set can only name what is installed.
-A verifier raises `Unparsable` when no answer can be read from the response, and ValueError when the gold answer is
-not of the form it needs. Nothing here imports torch: worker processes must start fast.
+A verifier is found by name. Built in are `choice`, `choice_or_math`, `digits`, `exact`, `math` and `number`, one module
+each. A package adds its own under the entry point group `copd_megatron.verifiers`; a data set can only name what is
+installed. A verifier raises `Unparsable` when no answer can be read from the response, and ValueError when the gold
+answer is not of the form it needs. Nothing here imports torch: worker processes must start fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Verifier = Callable[[str, str], float]
 ENTRY_POINTS = "copd_megatron.verifiers"
 QUICK = frozenset({"choice", "digits", "exact", "number"})
 """Verifiers that take linear time and microseconds; the pool sends them many responses at once."""
-_BUILT_IN = QUICK | {"math"}
+_BUILT_IN = QUICK | {"math", "choice_or_math"}
 
 
 @lru_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from copd_megatron.rewards.choice_or_math import choice_or_math
 from copd_megatron.rewards.math import math
 from copd_megatron.rewards.verdict import Unparsable
 
@@ -51,3 +52,19 @@ def test_gold_answer_that_is_no_expression_is_not_blamed_on_the_response() -> No
     with pytest.raises(ValueError, match="gold answer") as caught:
         math(r"\boxed{1}", "$$")
     assert not isinstance(caught.value, Unparsable)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "reward"),
+    [
+        (r"\boxed{B}", "B", 1.0),
+        (r"\boxed{C}", "B", 0.0),
+        (r"\boxed{\frac{1}{2}}", "0.5", 1.0),
+        (r"\boxed{x}", "x", 1.0),
+        (r"\boxed{3}", "4", 0.0),
+    ],
+)
+def test_gold_answer_says_whether_a_letter_or_an_expression_is_wanted(
+    response: str, answer: str, reward: float
+) -> None:
+    assert choice_or_math(response, answer) == reward

@@ -13,14 +13,16 @@ from copd_megatron.rewards import QUICK, known, verifier, verifier_names
 
 
 def test_every_built_in_verifier_is_there() -> None:
-    assert {"choice", "digits", "exact", "math", "number"} <= set(verifier_names())
+    assert {"choice", "choice_or_math", "digits", "exact", "math", "number"} <= set(verifier_names())
     assert set(verifier_names()) > QUICK
     assert verifier("digits")("3852>18", "18") == 1.0
 
 
 @pytest.mark.parametrize("look_up", [verifier, known])
 def test_unknown_name_is_answered_with_the_nearest(look_up: object) -> None:
-    with pytest.raises(ConfigError, match=r"unknown verifier 'mathh'; did you mean 'math'\? known: choice, digits"):
+    with pytest.raises(
+        ConfigError, match=r"unknown verifier 'mathh'; did you mean 'math'\? known: choice, choice_or_math, digits"
+    ):
         look_up("mathh")  # type: ignore[operator]
 
 
