@@ -85,8 +85,10 @@ def evaluate(
     suite: Annotated[
         str, typer.Option(help="`mini`, `mini-video`, or a run description whose branches' test data are taken.")
     ] = "mini",
-    n: Annotated[int, typer.Option(help="Samples per problem; 1 is greedy.", min=1)] = 1,
-    problems: Annotated[int, typer.Option(help="Problems per capability.", min=1)] = 1024,
+    n: Annotated[
+        int, typer.Option(help="Samples per problem, where a benchmark does not say; 1 is greedy.", min=1)
+    ] = 1,
+    problems: Annotated[int, typer.Option(help="Problems per capability or benchmark.", min=1)] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of problems and samples.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write the result here too.")] = None,
 ) -> None:

@@ -28,6 +28,7 @@ def write_pages(comparison: Comparison, rows: Sequence[RowResult]) -> dict[str, 
     out = Path(comparison.out)
     records = _records(comparison)
     accuracy, cost, notes = accuracy_table(comparison, rows), cost_table(rows), notes_of(comparison, rows, records)
+    benchmarks = benchmark_table(rows)
     plots = Plots(out / "plots")
     with style():
         figures = {
@@ -40,6 +41,7 @@ def write_pages(comparison: Comparison, rows: Sequence[RowResult]) -> dict[str, 
         images = {name: plots.keep(name, figure) for name, (_, figure) in figures.items()}
     sections = [
         Section("accuracy", "Accuracy", notes[0], images["accuracy"], accuracy, tuple(notes[1:])),
+        *([Section("benchmarks", "Accuracy by benchmark", table=benchmarks)] if benchmarks else []),
         Section("cost", "What each model has cost", COST_NOTE, table=cost),
         *(
             Section(name, figures[name][0], image=images[name], missing="no run of this comparison shows it")
@@ -48,7 +50,8 @@ def write_pages(comparison: Comparison, rows: Sequence[RowResult]) -> dict[str, 
     ]
     files = {kind: out / f"compare.{kind}" for kind in ("json", "md", "html")}
     write_page(files["html"], f"Comparison {out.name}", [], sections)
-    write_atomic(files["md"], _markdown(out.name, accuracy, cost, notes, [n for n, image in images.items() if image]))
+    tables = (accuracy, benchmarks, cost)
+    write_atomic(files["md"], _markdown(out.name, *tables, notes, [n for n, image in images.items() if image]))
     write_atomic(files["json"], json.dumps(as_plain(comparison, rows), indent=1) + "\n")
     return files
 
@@ -77,6 +80,16 @@ def accuracy_table(comparison: Comparison, rows: Sequence[RowResult]) -> Table:
         lines.append((row.label, *cells, *_versus(versus), f"{seeds}; {missing}" if missing else seeds))
     header = ("method", *names, OVERALL, f"overall − {comparison.reference}", "p", "seeds")
     return Table(header, tuple(lines))
+
+
+def benchmark_table(rows: Sequence[RowResult]) -> Table | None:
+    """Accuracy in percent by benchmark, a column per row of the comparison; None where no capability has several."""
+    done = [(row.label, row.accuracy.benchmarks) for row in rows if row.accuracy is not None]
+    names = dict.fromkeys(name for _, benchmarks in done for name in benchmarks)
+    if not names:
+        return None
+    lines = [(name, *(_percent(benchmarks[name]) for _, benchmarks in done)) for name in names]
+    return Table(("benchmark", *(label for label, _ in done)), tuple(lines))
 
 
 def cost_table(rows: Sequence[RowResult]) -> Table:
@@ -110,7 +123,7 @@ def notes_of(
     if counts and min(counts) < 3:
         notes.append("With fewer than three seeds an interval says little about other seeds; with one, nothing.")
     evaluations = [record.evaluation for _, found in records for record in found if record.evaluation is not None]
-    notes += dict.fromkeys(f"{one.task}; {one.n:,} problems per capability." for one in evaluations)
+    notes += dict.fromkeys(f"{one.task}; {one.size}." for one in evaluations)
     notes += [
         f"Not at equal budget (more than {comparison.tolerance:.0%} from {comparison.reference}): {row.budget}"
         for row in rows
@@ -142,8 +155,11 @@ def _records(comparison: Comparison) -> list[tuple[str, list[RunRecord]]]:
     return found
 
 
-def _markdown(name: str, accuracy: Table, cost: Table, notes: Sequence[str], images: Sequence[str]) -> str:
+def _markdown(
+    name: str, accuracy: Table, benchmarks: Table | None, cost: Table, notes: Sequence[str], images: Sequence[str]
+) -> str:
     parts = [f"# Comparison {name}", notes[0], markdown_table(accuracy), "\n".join(f"- {note}" for note in notes[1:])]
+    parts += ["## Accuracy by benchmark", markdown_table(benchmarks)] if benchmarks else []
     parts += ["## What each model has cost", COST_NOTE, markdown_table(cost)]
     parts += [f"![{image}](plots/{image}.png)" for image in images]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from copd_megatron.randomness import seed_for
 
 Outcomes = Mapping[str, Sequence[Sequence[float]]]
-"""What one model made of every problem: capability to [sum of rewards, samples] per problem."""
+"""What one model made of every problem: [sum of rewards, samples] per problem, by capability, or by
+`capability/benchmark` where a capability has several benchmarks."""
 OVERALL = "overall"
+SEPARATOR = "/"
+"""Between a capability and its benchmark; no capability's name has it."""
+Numbers = TypeVar("Numbers", float, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Difference(Interval):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A row's numbers; `of` maps each capability and `overall`, `versus` the same minus the reference's.
+    """A row's numbers; `of` maps each capability and `overall`, `versus` the same minus the reference's. `benchmarks`
+    maps `capability/benchmark`, of capabilities that have several.
 
     `seeds` are those in which the row was run; differences are over those in which the reference was run too.
     """
@@ -40,6 +46,7 @@ class Accuracy:
     seeds: tuple[int, ...]
     of: Mapping[str, Interval]
     versus: Mapping[str, Difference]
+    benchmarks: Mapping[str, Interval] = field(default_factory=dict)
 
 
 def accuracies(
@@ -47,10 +54,11 @@ def accuracies(
 ) -> dict[str, Accuracy]:
     """Every row that has at least one seed. `rows` maps labels to outcomes by seed; 0 to 1, not percent.
 
-    A replicate draws as many seeds as there are, with replacement, and for each of them problems of each capability,
-    with replacement; *overall* is the unweighted mean over capabilities, and a row's number the mean over the seeds
-    drawn. All rows share the draws, so differences are paired by problem and seed. With one seed the interval is over
-    problems alone. Raises ValueError if models of one seed were tested on different problems.
+    A replicate draws as many seeds as there are, with replacement, and for each of them problems of each benchmark,
+    with replacement. A capability is the unweighted mean of its benchmarks, *overall* that of all benchmarks, and a
+    row's number the mean over the seeds drawn. All rows share the draws, so differences are paired by problem and seed.
+    With one seed the interval is over problems alone. Raises ValueError if models of one seed were tested on different
+    problems.
     """
     done = {label: {seed: found[seed] for seed in sorted(found)} for label, found in rows.items() if found}
     _check_same_problems(done)
@@ -65,16 +73,31 @@ def accuracies(
         if shared and label != reference:
             both = _replicates(found, shared, replicates), _replicates(anchor, shared, replicates)
             here, there = _points(found, shared), _points(anchor, shared)
-            versus = {name: _difference(here[name] - there[name], both[0][name] - both[1][name]) for name in here}
-        results[label] = Accuracy(seeds, {name: interval_around(points[name], own[name]) for name in points}, versus)
+            versus = {
+                name: _difference(here[name] - there[name], both[0][name] - both[1][name])
+                for name in here
+                if SEPARATOR not in name
+            }
+        of = {name: interval_around(points[name], own[name]) for name in points}
+        capabilities = {name: interval for name, interval in of.items() if SEPARATOR not in name}
+        benchmarks = {name: interval for name, interval in of.items() if SEPARATOR in name}
+        results[label] = Accuracy(seeds, capabilities, versus, benchmarks)
     return results
+
+
+def _with_means(parts: Mapping[str, Numbers]) -> dict[str, Numbers]:
+    """What was found of each benchmark, its mean of each capability that has several, and overall."""
+    members: dict[str, list[Numbers]] = {}
+    for name, numbers in parts.items():
+        members.setdefault(name.partition(SEPARATOR)[0], []).append(numbers)
+    capabilities = {name: found[0] if len(found) == 1 else np.mean(found, axis=0) for name, found in members.items()}
+    return {**parts, **capabilities, OVERALL: np.mean(list(parts.values()), axis=0)}
 
 
 def _points(found: Mapping[int, Outcomes], seeds: Sequence[int]) -> dict[str, float]:
     by_seed = []
     for seed in seeds:
-        shares = {name: _share(problems) for name, problems in found[seed].items()}
-        by_seed.append({**shares, OVERALL: float(np.mean(list(shares.values())))})
+        by_seed.append(_with_means({name: _share(problems) for name, problems in found[seed].items()}))
     return {name: float(np.mean([shares[name] for shares in by_seed])) for name in by_seed[0]}
 
 
@@ -84,7 +107,7 @@ def _share(problems: Sequence[Sequence[float]]) -> float:
 
 
 def _replicates(found: Mapping[int, Outcomes], seeds: Sequence[int], replicates: int) -> dict[str, np.ndarray]:
-    """Per capability and overall, the replicates [B]. The draws depend on the seeds and capabilities alone."""
+    """Per benchmark, capability and overall, the replicates [B]. The draws depend on the seeds and names alone."""
     drawn = drawn_seeds(seeds, replicates)
     totals: dict[str, np.ndarray] = {}
     for place in range(len(seeds)):
@@ -95,8 +118,7 @@ def _replicates(found: Mapping[int, Outcomes], seeds: Sequence[int], replicates:
                 weights = problem_weights(len(rewards), int(chosen.sum()), name, seed, place, *seeds)
                 total = totals.setdefault(name, np.zeros(replicates))
                 total[chosen] += (weights @ rewards) / (weights @ samples)
-    means = {name: total / len(seeds) for name, total in totals.items()}
-    return {**means, OVERALL: np.mean(list(means.values()), axis=0)}
+    return _with_means({name: total / len(seeds) for name, total in totals.items()})
 
 
 def drawn_seeds(seeds: Sequence[int], replicates: int) -> np.ndarray:

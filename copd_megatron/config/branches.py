@@ -21,6 +21,13 @@ class MiniData(Section):
     """Digits as a string, handwritten digits composed into a picture, or in a video one after another."""
 
 
+class BenchmarkConfig(SourceSettings):
+    """Test problems that are averaged on their own."""
+
+    samples: int | None = Field(None, ge=1)
+    """Samples per problem (avg@n), 1 is greedy; `eval.samples` where it is absent."""
+
+
 class BranchData(Section):
     """Where a branch's prompts come from: the mini suite, or files and data sets of one's own."""
 
@@ -31,7 +38,10 @@ class BranchData(Section):
     validation: SourceSettings | None = None
     """Prompts on which drift between branches is measured; the training prompts where it is absent."""
     test: SourceSettings | None = None
-    """Problems of the final table; the branch has no column there where it is absent."""
+    """Problems of the final table; the branch has no column there without `test` and `benchmarks`."""
+    benchmarks: dict[Annotated[str, Field(pattern=r"^[\w+-][\w +()-]*$")], BenchmarkConfig] = Field({})
+    """Several such sets of problems by name, instead of `test`: the accuracy of the branch's capability is their
+    unweighted mean, and *overall* that of the benchmarks of all branches."""
     mixture: tuple[BranchData, ...] = ()
     """Several such data at once, all examples of each; it has no test problems of its own."""
 
@@ -39,6 +49,10 @@ class BranchData(Section):
     def _one_origin(self) -> BranchData:
         if [self.mini is None, self.train is None, not self.mixture].count(False) != 1:
             raise ValueError("give either `mini` or `train` (or a `mixture` of such), not both and not neither")
+        if self.test is not None and self.benchmarks:
+            raise ValueError("give either `test`, one set of problems, or `benchmarks`, several by name, not both")
+        if self.benchmarks and self.train is None:
+            raise ValueError("`benchmarks` are beside `train`: `mini` has test problems of its own, a `mixture` none")
         return self
 
 

@@ -178,11 +178,11 @@ class EvalConfig(Section):
     """The table at the end of a run."""
 
     problems: int = Field(1024, ge=1)
-    """Problems per capability."""
+    """Problems per capability, or per benchmark where a branch has `data.benchmarks`; the first so many."""
     split: Literal["test", "validation"] = "test"
     """Which problems: `validation` is for choosing settings, so that the test problems are not used up by it."""
     samples: int = Field(1, ge=1)
-    """Samples per problem; 1 is greedy."""
+    """Samples per problem; 1 is greedy. Benchmarks may have `samples` of their own."""
     models: tuple[Literal["base", "branches", "merged"], ...] = ("base", "branches", "merged")
     """Which models are evaluated."""
 

@@ -43,13 +43,22 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class Benchmark:
+    """Test problems, with a name where a capability has several such, and `samples` per problem where it says so."""
+
+    source: Source
+    name: str | None = None
+    samples: int | None = None
+
+
+@dataclass(frozen=True)
 class Capability:
     """What a branch is trained on, probed with and tested on."""
 
     name: str
     train: Source
     validation: Source
-    test: Source | None
+    benchmarks: tuple[Benchmark, ...]
 
 
 def open_capability(branch: BranchConfig, data: DataConfig, seed: int, test_size: int) -> Capability:
@@ -61,14 +70,15 @@ def open_capability(branch: BranchConfig, data: DataConfig, seed: int, test_size
             for part in settings.mixture
         ]
         train, validation = Mixture([part.train for part in parts]), Mixture([part.validation for part in parts])
-        return Capability(branch.name, train, validation, test=None)
+        return Capability(branch.name, train, validation, benchmarks=())
+    benchmarks = open_benchmarks(branch, data, seed, test_size)
     if settings.mini is not None:
-        mini = partial(MiniSource, data.mini, settings.mini.modality, seed=seed)
+        mini = _mini(branch, data, seed)
         return Capability(
             name=branch.name,
             train=mini(split="train", size=data.mini_size),
             validation=mini(split="validation", size=_VALIDATION_SIZE),
-            test=mini(split="test", size=test_size),
+            benchmarks=benchmarks,
         )
     assert settings.train is not None  # BranchData checks it
     train_source = open_source(settings.train)
@@ -76,8 +86,23 @@ def open_capability(branch: BranchConfig, data: DataConfig, seed: int, test_size
         name=branch.name,
         train=train_source,
         validation=open_source(settings.validation) if settings.validation else train_source,
-        test=open_source(settings.test) if settings.test else None,
+        benchmarks=benchmarks,
     )
+
+
+def open_benchmarks(branch: BranchConfig, data: DataConfig, seed: int, test_size: int) -> tuple[Benchmark, ...]:
+    """Open a branch's test data alone. Raises DataError where a file or a field is missing."""
+    settings = branch.data
+    if settings.mini is not None:
+        return (Benchmark(_mini(branch, data, seed)(split="test", size=test_size)),)
+    if settings.test is not None:
+        return (Benchmark(open_source(settings.test)),)
+    return tuple(Benchmark(open_source(one), name, one.samples) for name, one in settings.benchmarks.items())
+
+
+def _mini(branch: BranchConfig, data: DataConfig, seed: int) -> partial[MiniSource]:
+    assert branch.data.mini is not None
+    return partial(MiniSource, data.mini, branch.data.mini.modality, seed=seed)
 
 
 def first(source: Source, count: int) -> Sequence[Example]:

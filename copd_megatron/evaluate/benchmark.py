@@ -1,15 +1,16 @@
-"""One model on one capability: generate, judge, count."""
+"""One model on one set of problems: generate, judge, count."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from statistics import fmean
 from typing import Protocol
 
-from copd_megatron.evaluate.intervals import Estimate, accuracy_of
+from copd_megatron.evaluate.intervals import accuracy_of
+from copd_megatron.evaluate.results import BenchmarkResult
 from copd_megatron.randomness import seed_for
 from copd_megatron.rewards.verdict import Verdict
 from copd_megatron.rollout.engine import RolloutEngine
@@ -27,80 +28,51 @@ class Grader(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class CapabilityResult:
-    """What a model can do of one capability.
-
-    `estimate` is the accuracy (avg@n with `samples` n per problem) with its interval. `distinct` of the `problems` are
-    different ones; the interval counts repetitions as samples of one problem. `groups` are the accuracies of the kinds
-    of problems, if they were told apart. `truncated` is the share of samples cut at the length limit, `mean_length`
-    counts tokens. `verdicts` counts samples by what judging came to; `refused` counts problems that could not be made
-    into prompts and are left out. `outcomes` are the sum of rewards and the number of samples of each different
-    problem, in the order of the suite, which is the same for all models.
-    """
-
-    capability: str
-    estimate: Estimate
-    problems: int
-    distinct: int
-    samples: int
-    truncated: float
-    mean_length: float
-    verdicts: Mapping[str, int] = field(default_factory=dict)
-    groups: Mapping[str, Estimate] = field(default_factory=dict)
-    refused: int = 0
-    outcomes: tuple[tuple[float, int], ...] = ()
-
-
 def evaluate(
     engine: RolloutEngine,
-    capability: str,
-    prompts: Sequence[Prompt],
+    name: str,
+    prompts: Iterable[Prompt],
     grader: Grader,
     sampling: Sampling,
     seed: int,
     group_of: Callable[[Prompt], str] | None = None,
-    refused: int = 0,
-) -> CapabilityResult:
-    """Sample `sampling.n` responses to every prompt and judge them. Raises ValueError without prompts."""
-    if not prompts:
-        raise ValueError(f"{capability}: no prompts to evaluate on")
-    rewards: list[float] = []
+) -> BenchmarkResult:
+    """Sample `sampling.n` responses to every prompt and judge them. Prompts are taken as they are needed and not kept:
+    those of videos are large. Raises ValueError without prompts."""
+    problems: dict[object, list[float]] = {}
+    kinds: dict[object, str] = {}
     lengths: list[int] = []
     finishes: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
-    for number, start in enumerate(range(0, len(prompts), PROMPTS_AT_ONCE)):
-        batch = prompts[start : start + PROMPTS_AT_ONCE]
-        rollouts = engine.generate(batch, sampling, seed_for(seed, "evaluate", capability, number))
+    waiting, asked = iter(prompts), 0
+    while batch := list(islice(waiting, PROMPTS_AT_ONCE)):
+        rollouts = engine.generate(batch, sampling, seed_for(seed, "evaluate", name, asked // PROMPTS_AT_ONCE))
         judged = grader.score([(rollout.prompt.verifier, rollout.text, rollout.prompt.answer) for rollout in rollouts])
-        rewards += [verdict.reward for verdict in judged]
+        rewards = [verdict.reward for verdict in judged]
+        for number, prompt in enumerate(batch):
+            # Two prompts of the same text tokens without images are the same problem.
+            key = prompt.token_ids if prompt.media is None else asked + number
+            problems.setdefault(key, []).extend(rewards[number * sampling.n : (number + 1) * sampling.n])
+            if group_of is not None:
+                kinds.setdefault(key, group_of(prompt))
         lengths += [len(rollout.token_ids) for rollout in rollouts]
         finishes.update(rollout.finish for rollout in rollouts)
         verdicts.update(verdict.status for verdict in judged)
-    problems = _by_problem(prompts, rewards, sampling.n)
+        asked += len(batch)
+    if not asked:
+        raise ValueError(f"{name}: no prompts to evaluate on")
     members: defaultdict[str, list[list[float]]] = defaultdict(list)
-    if group_of is not None:
-        for prompt, samples in problems:
-            members[group_of(prompt)].append(samples)
-    return CapabilityResult(
-        capability=capability,
-        estimate=accuracy_of([samples for _, samples in problems]),
-        problems=len(prompts),
+    for problem, kind in kinds.items():
+        members[kind].append(problems[problem])
+    return BenchmarkResult(
+        name=name,
+        estimate=accuracy_of(list(problems.values())),
+        problems=asked,
         distinct=len(problems),
         samples=sampling.n,
         truncated=finishes["length"] / len(lengths),
         mean_length=fmean(lengths),
         verdicts=dict(verdicts),
-        groups={name: accuracy_of(members[name]) for name in sorted(members)},
-        refused=refused,
-        outcomes=tuple((math.fsum(samples), len(samples)) for _, samples in problems),
+        groups={kind: accuracy_of(members[kind]) for kind in sorted(members)},
+        outcomes=tuple((math.fsum(samples), len(samples)) for samples in problems.values()),
     )
-
-
-def _by_problem(prompts: Sequence[Prompt], rewards: Sequence[float], n: int) -> list[tuple[Prompt, list[float]]]:
-    """Rewards of each different problem. Two prompts of the same text tokens without images are the same problem."""
-    problems: dict[object, tuple[Prompt, list[float]]] = {}
-    for number, prompt in enumerate(prompts):
-        key = prompt.token_ids if prompt.media is None else number
-        problems.setdefault(key, (prompt, []))[1].extend(rewards[number * n : (number + 1) * n])
-    return list(problems.values())

@@ -71,7 +71,7 @@ def evaluate_folder(
         config = load_config(suite, [], RunConfig)
         suites = run_suites(config, seed, problems)
         if not suites:
-            raise ConfigError(f"{suite}: none of its branches has test data; set branches[…].data.test")
+            raise ConfigError(f"{suite}: none of its branches has test data; set branches[…].data.test or .benchmarks")
         line = describe(config)
         settings = eval_settings(config, samples, seed)
         pool = RewardPool(config.data.reward_workers, config.data.reward_seconds)

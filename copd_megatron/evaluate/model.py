@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from copd_megatron.data.capability import first
 from copd_megatron.errors import DataError
-from copd_megatron.evaluate.benchmark import CapabilityResult, Grader, evaluate
-from copd_megatron.evaluate.intervals import Estimate, mean_of
+from copd_megatron.evaluate.benchmark import PROMPTS_AT_ONCE, Grader, evaluate
+from copd_megatron.evaluate.results import BenchmarkResult, CapabilityResult, ModelResult
 from copd_megatron.evaluate.suites import Suite
-from copd_megatron.rollout.types import Sampling
+from copd_megatron.rollout.types import Prompt, Sampling
+
+if TYPE_CHECKING:
+    from copd_megatron.data.prompts import PromptBuilder, Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +24,8 @@ logger = logging.getLogger(__name__)
 class EvalSettings:
     """How models are asked, the same for all models of a table.
 
-    `samples` per problem: 1 is greedy, more are drawn at `temperature` and averaged (avg@n). Lengths are in tokens.
+    `samples` per problem, where a suite does not say: 1 is greedy, more are drawn at `temperature` and averaged
+    (avg@n). Lengths are in tokens.
     `max_rows` bounds the sequences generated at once, `seed` names the samples.
     """
 
@@ -42,19 +46,6 @@ class EvalSettings:
         )
 
 
-@dataclass(frozen=True)
-class ModelResult:
-    """A model's row of the table."""
-
-    name: str
-    capabilities: tuple[CapabilityResult, ...]
-
-    @property
-    def overall(self) -> Estimate:
-        """Unweighted mean over the capabilities."""
-        return mean_of([result.estimate for result in self.capabilities])
-
-
 def evaluate_model(
     name: str, model_dir: str | os.PathLike[str], suites: Sequence[Suite], settings: EvalSettings, grader: Grader
 ) -> ModelResult:
@@ -68,24 +59,32 @@ def evaluate_model(
 
     engine = EmbeddedEngine(name, model_dir, max_rows=settings.max_rows)
     builder = PromptBuilder(load_processor(model_dir), settings.max_prompt_tokens)
-    sampling = settings.sampling(stop_token_ids(model_dir, builder.tokenizer))
-    results = []
+    stops = stop_token_ids(model_dir, builder.tokenizer)
+    found: dict[str, list[BenchmarkResult]] = {}
     for suite in suites:
-        prompts, refused = builder.build_many(first(suite.source, suite.size), suite.capability)
-        for uid, reason in refused:
-            logger.warning("%s left out: %s", uid, reason)
-        if not prompts:
-            raise DataError(f"{suite.capability}: none of {suite.size} problems can be used; first: {refused[:1]}")
-        results.append(
-            evaluate(
-                engine,
-                suite.capability,
-                prompts,
-                grader,
-                sampling,
-                settings.seed,
-                group_of=suite.group_of,
-                refused=len(refused),
-            )
+        asked = settings if suite.samples is None else replace(settings, samples=suite.samples)
+        refused: list[Refusal] = []
+        result = evaluate(
+            engine,
+            suite.name,
+            _prompts(suite, builder, refused),
+            grader,
+            asked.sampling(stops),
+            settings.seed,
+            group_of=suite.group_of,
         )
-    return ModelResult(name, tuple(results))
+        found.setdefault(suite.capability, []).append(replace(result, refused=len(refused)))
+    return ModelResult(name, tuple(CapabilityResult(capability, tuple(parts)) for capability, parts in found.items()))
+
+
+def _prompts(suite: Suite, builder: PromptBuilder, refused: list[Refusal]) -> Iterator[Prompt]:
+    """Those of the suite's problems that have one; the others are added to `refused`."""
+    for start in range(0, suite.size, PROMPTS_AT_ONCE):
+        examples = [suite.source[index] for index in range(start, min(start + PROMPTS_AT_ONCE, suite.size))]
+        prompts, left_out = builder.build_many(examples, suite.capability)
+        for uid, reason in left_out:
+            logger.warning("%s left out: %s", uid, reason)
+        refused += left_out
+        yield from prompts
+    if len(refused) == suite.size:
+        raise DataError(f"{suite.name}: none of {suite.size} problems can be used; first: {refused[:1]}")

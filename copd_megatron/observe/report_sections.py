@@ -20,12 +20,14 @@ from copd_megatron.observe.report_tables import (
     ABSENT,
     Table,
     accuracy_table,
+    benchmark_table,
     counter_table,
     drift_table,
     failure_table,
     summary_table,
     switch_table,
 )
+from copd_megatron.observe.results import ModelResult
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def one_run(record: RunRecord, plots: Plots) -> list[Section]:
             missing="no metrics have been written yet",
         ),
         _accuracy(record, plots),
+        *_benchmarks(record.evaluation.models if record.evaluation is not None else ()),
         *(
             Section(
                 figure.name,
@@ -137,6 +140,7 @@ def several_runs(records: Sequence[RunRecord], names: Sequence[str], plots: Plot
             tuple(note for name, record in named for note in _notes(record, f"{name}: ")),
             missing="no run has been evaluated yet",
         ),
+        *_benchmarks(models),
         Section(
             "reward",
             "Reward",
@@ -184,11 +188,16 @@ def _accuracy(record: RunRecord, plots: Plots) -> Section:
     )
 
 
+def _benchmarks(models: Sequence[ModelResult]) -> list[Section]:
+    table = benchmark_table(models)
+    return [Section("benchmarks", "Accuracy by benchmark", "Percent, with 95% interval.", table=table)] if table else []
+
+
 def _notes(record: RunRecord, prefix: str = "") -> tuple[str, ...]:
     evaluation = record.evaluation
     if evaluation is None:
         return ()
-    origin = f"{evaluation.task}, {evaluation.n:,} problems per capability, seed {evaluation.seed}."
+    origin = f"{evaluation.task}, {evaluation.size}, seed {evaluation.seed}."
     return tuple(prefix + note for note in (origin, *evaluation.notes))
 
 

@@ -146,6 +146,21 @@ def accuracy_table(models: Sequence[ModelResult]) -> Table | None:
     return Table(("model", *capabilities, "overall"), rows) if rows else None
 
 
+def benchmark_table(models: Sequence[ModelResult]) -> Table | None:
+    """Accuracy and 95% interval by benchmark, a column per model; None where no capability has several."""
+    found = [
+        {
+            f"{capability}/{name}": score
+            for capability, whole in model.capabilities.items()
+            for name, score in whole.benchmarks.items()
+        }
+        for model in models
+    ]
+    names = dict.fromkeys(name for scores in found for name in scores)
+    rows = tuple((name, *(_score(scores.get(name)) for scores in found)) for name in names)
+    return Table(("benchmark", *(model.name for model in models)), rows) if rows else None
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A number with fixed digits, or a dash."""
     return ABSENT if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"

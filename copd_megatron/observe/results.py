@@ -2,7 +2,9 @@
 
     {"task": str, "n": int, "seed": int, "notes": [str],
      "models": [{"name": str, "capabilities": {name: SCORE}, "overall": SCORE}]}
-    SCORE: {"accuracy": a, "low": l, "high": h, "n": problems}
+    SCORE: {"accuracy": a, "low": l, "high": h, "n": problems, "benchmarks": {name: SCORE}}
+
+`benchmarks` are those of a capability that has several; its score is their unweighted mean.
 
 Accuracies and the bounds of their 95% intervals are shares, 0 to 1.
 """
@@ -27,6 +29,7 @@ class Score(BaseModel):
     low: float = Field(ge=0, le=1)
     high: float = Field(ge=0, le=1)
     n: int | None = Field(None, ge=0)
+    benchmarks: dict[str, Score] = Field({})
 
     @model_validator(mode="after")
     def _ordered(self) -> Score:
@@ -53,6 +56,13 @@ class Evaluation(BaseModel):
     seed: int
     models: tuple[ModelResult, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> str:
+        """How many problems there were."""
+        scores = [score for model in self.models for score in model.capabilities.values()]
+        several = any(score.benchmarks for score in scores)
+        return f"at most {self.n:,} problems per benchmark" if several else f"{self.n:,} problems per capability"
 
 
 def read_evaluation(run_dir: str | os.PathLike[str]) -> Evaluation | None:

@@ -165,7 +165,9 @@ class Measuring:
         suites = [one for one in run_suites(config, self._seed, config.eval.problems) if one.capability == teaches]
         if not suites:
             raise DataError(f"branch {teaches} has no test data, on which gains are measured; set its data.test")
+        if len(suites) > 1:
+            raise DataError(f"branch {teaches} has several benchmarks; gains are measured on one: set its data.test")
         settings = eval_settings(config, config.eval.samples, self._seed)
         with RewardPool(config.data.reward_workers, config.data.reward_seconds) as pool:
             result = evaluate_model("student", folder, suites, settings, pool)
-        return result.capabilities[0].outcomes
+        return result.benchmarks[0].outcomes

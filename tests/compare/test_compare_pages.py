@@ -63,6 +63,27 @@ def test_pages_have_every_row_and_every_plot(given, tmp_path):
     assert 0 < row["accuracy"]["versus"]["overall"]["p"] <= 1
 
 
+def test_benchmarks_are_a_second_table(given, tmp_path):
+    for file in (tmp_path / "out/runs").glob("*/outcomes.json"):
+        content = json.loads(file.read_text())
+        for capabilities in content.values():
+            text = capabilities.pop("text")
+            capabilities |= {"text/easy": [[1.0, 1]] * 20, "text/hard": text}
+        file.write_text(json.dumps(content))
+    compare(describe(tmp_path), [], Console(quiet=True), train=False)
+    page = (tmp_path / "out/compare.md").read_text()
+    header, _, easy, hard = page.partition("## Accuracy by benchmark\n\n")[2].splitlines()[:4]
+    assert header == "| benchmark | base | text expert | merge without OPD | MOPD | CoPD |"
+    assert easy.startswith("| text/easy | 100.0 [100.0, 100.0] |")
+    assert hard.startswith("| text/hard | ")
+    assert "Accuracy by benchmark" in (tmp_path / "out/compare.html").read_text()
+    row = next(row for row in gather(given, {}) if row.label == "CoPD").accuracy
+    assert list(row.of) == ["image", "text", "overall"]
+    parts = [row.benchmarks["text/easy"].mean, row.benchmarks["text/hard"].mean]
+    assert row.of["text"].mean == pytest.approx(sum(parts) / 2)
+    assert row.of["overall"].mean == pytest.approx((sum(parts) + row.of["image"].mean) / 3)
+
+
 def test_absorption_is_read_from_the_probes_at_both_ends_of_phase_two(given):
     record = read_run(given.run_dir("copd", 0))
     assert absorption(record) == [(pytest.approx(0.8), pytest.approx(10.0))] * 2, "5 updates, +0.05, from step 10"

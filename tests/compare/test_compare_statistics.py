@@ -27,6 +27,37 @@ def test_overall_is_the_unweighted_mean_over_capabilities():
     assert (found[OVERALL].low, found[OVERALL].high) == (0.5, 0.5)
 
 
+def test_capability_is_the_mean_of_its_benchmarks_and_overall_of_all():
+    outcomes = {"text/AIME24": [[1.0, 2]] * 30, "text/MATH-500": [[1.0, 1]] * 500, "image": [[0.0, 1]] * 10}
+    found = accuracies({"CoPD": {0: outcomes}}, "CoPD")["CoPD"]
+    assert {name: value.mean for name, value in found.of.items()} == {"text": 0.75, "image": 0.0, OVERALL: 0.5}
+    assert {name: value.mean for name, value in found.benchmarks.items()} == {"text/AIME24": 0.5, "text/MATH-500": 1.0}
+
+
+def test_problems_are_drawn_within_each_benchmark():
+    few, many = drawn(0.5, 30), drawn(0.5, 3000)
+    rows = {"CoPD": {0: {"text/few": few, "text/many": many}}, "base": {0: {"text/few": few, "text/many": many}}}
+    found = accuracies(rows, "CoPD")["CoPD"]
+    half = 1.96 * math.sqrt(0.25 / 30 + 0.25 / 3000) / 2
+    assert found.of["text"].high - found.of["text"].mean == pytest.approx(half, abs=0.015)
+    assert found.of["text"] == found.of[OVERALL]
+    versus = accuracies(rows, "CoPD")["base"].versus
+    assert set(versus) == {"text", OVERALL}
+    assert (versus["text"].low, versus["text"].high, versus["text"].p) == (0, 0, 1.0)
+
+
+def test_single_benchmark_is_drawn_as_its_capability_was():
+    """The numbers of comparisons that were made before there were benchmarks stay."""
+    found = accuracies({"CoPD": {0: {"text": drawn(0.6, 50), "image": drawn(0.3, 40)}}}, "CoPD", 300)["CoPD"]
+    rounded = {name: (round(one.mean, 4), round(one.low, 4), round(one.high, 4)) for name, one in found.of.items()}
+    assert rounded == {
+        "text": (0.52, 0.38, 0.6505),
+        "image": (0.15, 0.05, 0.25),
+        OVERALL: (0.335, 0.255, 0.4113),
+    }
+    assert found.benchmarks == {}
+
+
 def test_problems_with_several_samples_weigh_as_many():
     found = accuracies({"CoPD": {0: {"text": [[3.0, 4], [0.0, 1]]}}}, "CoPD")["CoPD"]
     assert found.of["text"].mean == pytest.approx(0.6)

@@ -18,4 +18,4 @@ def test_branch_on_all_data_has_every_example_of_each():
     assert len(capability.train) == 100
     assert {example.uid.split("/")[1] for example in first(capability.train, 100)} == {"text", "image"}
     assert [example.uid.split("/")[1] for example in first(capability.validation, 4)] == ["text", "image"] * 2
-    assert capability.test is None
+    assert capability.benchmarks == ()

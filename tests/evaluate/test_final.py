@@ -155,8 +155,62 @@ def test_problems_of_a_file_are_asked_once_each(model: Path, tmp_path: Path) -> 
     suites = run_suites(load_config(tmp_path / "run.yaml", [], RunConfig), seed=0, problems=1024)
     assert [(suite.capability, suite.size) for suite in suites] == [("text", 3)]
     settings = EvalSettings(samples=2, max_new_tokens=3, max_prompt_tokens=64, seed=0)
-    result = evaluate_model("base", model, suites, settings, InProcessPool()).capabilities[0]
+    result = evaluate_model("base", model, suites, settings, InProcessPool()).benchmarks[0]
     assert (result.problems, result.samples, sum(result.verdicts.values())) == (3, 2, 6)
+
+
+def several_benchmarks(model: Path, folder: Path) -> Path:
+    """A run whose branch has two benchmarks, one of them with samples of its own; its training data are not there."""
+    for name, count in (("easy", 3), ("hard", 2)):
+        lines = [json.dumps({"prompt": f"sum {number}{number}=", "answer": "3"}) for number in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    benchmarks = {
+        "easy": {"path": str(folder / "easy.jsonl"), "verifier": "digits"},
+        "hard": {"path": str(folder / "hard.jsonl"), "verifier": "digits", "samples": 4},
+    }
+    data = {"train": {"path": str(folder / "absent.jsonl"), "verifier": "digits"}, "benchmarks": benchmarks}
+    description = {"base": str(model), "branches": [{"name": "text", "data": data}], "topology": "none",
+                   "data": {"max_prompt_tokens": 64}, "rollout": {"max_new_tokens": 3}}  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(description))
+    return folder / "run.yaml"
+
+
+def test_benchmarks_have_samples_and_results_of_their_own(
+    model: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(final, "RewardPool", InProcessPool)
+    suite, out = several_benchmarks(model, tmp_path), tmp_path / "result.json"
+    evaluate_folder(model, str(suite), problems=9, samples=1, seed=0, out=out, console=console)
+    text = json.loads(out.read_text())["models"][0]["capabilities"]["text"]
+    assert {name: (part["n"], part["samples"]) for name, part in text["benchmarks"].items()} == {
+        "easy": (3, 1),
+        "hard": (2, 4),
+    }
+    assert "text/hard" in shown(console)
+    assert "easy.jsonl, hard" in shown(console)
+    suites = run_suites(load_config(suite, [], RunConfig), seed=0, problems=2)
+    assert [(one.name, one.size, one.samples) for one in suites] == [("text/easy", 2, None), ("text/hard", 2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["branches.0.data.test={path: a.jsonl, verifier: digits}"], "give either `test`, .* or `benchmarks`"),
+        (
+            ["branches.0.data.benchmarks.easy.sample=3"],
+            r"benchmarks\.easy\.sample: unknown key; did you mean 'samples'",
+        ),
+        (["branches.0.data.benchmarks.easy.samples=0"], r"benchmarks\.easy\.samples: .*greater than or equal to 1"),
+        (["branches.0.data.benchmarks={a/b: {path: a.jsonl, verifier: digits}}"], "benchmarks.*should match pattern"),
+        (
+            ["branches.0.data.train=null", "branches.0.data.mini={modality: text}"],
+            "`mini` has test problems of its own",
+        ),
+    ],
+)
+def test_mistakes_in_benchmarks_are_refused(model: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(several_benchmarks(model, tmp_path), overrides, RunConfig)
 
 
 def test_settings_are_chosen_on_validation_problems(config_file: Path, console: Console, monkeypatch) -> None:
@@ -196,12 +250,12 @@ def test_one_sample_is_greedy_and_several_are_drawn_at_the_temperature() -> None
 def test_problems_that_cannot_be_asked_are_counted(model: Path) -> None:
     text, image = mini_suites(MiniTask(), MODALITIES["mini"], seed=0, problems=8)
     short = EvalSettings(samples=1, max_new_tokens=3, max_prompt_tokens=17, seed=0)
-    found = evaluate_model("base", model, [text], short, InProcessPool()).capabilities[0]
+    found = evaluate_model("base", model, [text], short, InProcessPool()).benchmarks[0]
     assert (found.problems, found.refused) == (8, 0)
     with pytest.raises(DataError, match=r"image: none of 8 problems can be used; first: .*prompt too long"):
         evaluate_model("base", model, [image], short, InProcessPool())
     mixed = Suite("both", [*(text.source[i] for i in range(5)), *(image.source[i] for i in range(3))], 8)  # type: ignore[arg-type]
-    found = evaluate_model("base", model, [mixed], short, InProcessPool()).capabilities[0]
+    found = evaluate_model("base", model, [mixed], short, InProcessPool()).benchmarks[0]
     assert (found.problems, found.refused) == (5, 3)
 
 

@@ -7,26 +7,38 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from copd_megatron.evaluate.benchmark import CapabilityResult
-from copd_megatron.evaluate.intervals import wilson
-from copd_megatron.evaluate.model import ModelResult
+from copd_megatron.evaluate.intervals import mean_of, wilson
+from copd_megatron.evaluate.results import BenchmarkResult, CapabilityResult, ModelResult
 from copd_megatron.evaluate.table import AccuracyTable
+from copd_megatron.observe.report_tables import benchmark_table
 from copd_megatron.observe.results import read_evaluation
 
 TASK = "mini suite: 4 digits; SYNTHETIC: srt ascends in text and descends in images"
 
 
-def result(capability: str, accuracy: float, **changes: object) -> CapabilityResult:
+def part(name: str, accuracy: float, **changes: object) -> BenchmarkResult:
     settings = {
         "problems": 100,
-        "distinct": 90 if capability == "text" else 100,
+        "distinct": 90 if name == "text" else 100,
         "samples": 1,
         "truncated": 0.012,
         "mean_length": 8.25,
         "verdicts": {"ok": 100},
         "groups": {"sum": wilson(accuracy, 50), "srt": wilson(accuracy, 50)},
     }
-    return CapabilityResult(capability, wilson(accuracy, 100), **{**settings, **changes})  # type: ignore[arg-type]
+    return BenchmarkResult(name, wilson(accuracy, 100), **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def result(capability: str, accuracy: float, **changes: object) -> CapabilityResult:
+    return CapabilityResult(capability, (part(capability, accuracy, **changes),))
+
+
+def several() -> AccuracyTable:
+    """Text with two benchmarks, image with one."""
+    text = CapabilityResult(
+        "text", (part("text/AIME24", 0.2, problems=30, samples=16), part("text/MATH-500", 0.8, refused=2))
+    )
+    return table(models=(ModelResult("base", (text, result("image", 0.2))),))
 
 
 def table(**changes: object) -> AccuracyTable:
@@ -121,3 +133,40 @@ def test_models_tested_on_other_capabilities_do_not_share_a_table() -> None:
     models = (ModelResult("base", (result("text", 0.4),)), ModelResult("merged", (result("image", 0.4),)))
     with pytest.raises(ValueError, match=r"merged was tested on \('image',\), base on \('text',\)"):
         table(models=models)
+
+
+def test_several_benchmarks_are_a_capability_by_their_unweighted_mean() -> None:
+    base = several().models[0]
+    assert base.capabilities[0].estimate.accuracy == pytest.approx(0.5)
+    assert base.overall.accuracy == pytest.approx((0.2 + 0.8 + 0.2) / 3), "over benchmarks, not over capabilities"
+    assert base.overall == mean_of([wilson(accuracy, 100) for accuracy in (0.2, 0.8, 0.2)])
+    assert several().header == table().header
+
+
+def test_benchmarks_are_a_second_table() -> None:
+    for text in (printed(several().rich()), several().markdown()):
+        line = next(line for line in text.splitlines() if "text/MATH-500" in line)
+        assert "80.0 [" in line
+        assert "samples per problem (avg@n): text/AIME24 16; the others greedy" in text
+        assert "problems: image 100, text/AIME24 30, text/MATH-500 100" in text
+        assert "Wilson's per benchmark" in text
+        assert "base, text/MATH-500: 2 problems could not be used" in text
+    assert "benchmark" not in table().markdown()
+
+
+def test_the_report_reads_benchmarks_too(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps(several().json()))
+    evaluation = read_evaluation(tmp_path)
+    assert evaluation is not None
+    assert evaluation.size == "at most 100 problems per benchmark"
+    text = evaluation.models[0].capabilities["text"]
+    assert (text.accuracy, list(text.benchmarks)) == (pytest.approx(0.5), ["AIME24", "MATH-500"])
+    shown = benchmark_table(evaluation.models)
+    assert shown is not None
+    assert [row[0] for row in shown.rows] == ["text/AIME24", "text/MATH-500"]
+    assert several().json()["models"][0]["capabilities"]["text"]["benchmarks"]["AIME24"]["samples"] == 16
+    assert set(several().outcomes()["base"]) == {"text/AIME24", "text/MATH-500", "image"}
+    (tmp_path / "evaluation.json").write_text(json.dumps(table().json()))
+    plain = read_evaluation(tmp_path)
+    assert plain is not None
+    assert (plain.size, benchmark_table(plain.models)) == ("100 problems per capability", None)
