@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
-from copd_megatron.config.load import check
+from copd_megatron.config.load import check, read_yaml
 from copd_megatron.config.run import RunConfig
 from copd_megatron.config.section import Section
+from copd_megatron.errors import ConfigError
 
 
 class Row(Section):
@@ -47,8 +49,12 @@ class Comparison(Section):
     """Label of the row that all others are compared with."""
     arms: tuple[Arm, ...] = Field(min_length=1)
     """Arms, in the order in which they are run."""
-    common: dict[str, Any]
+    common: dict[str, Any] = Field({})
     """A run description without `seed` and `run_dir`; `{seed}` in a text stands for the seed."""
+    from_run: str | None = None
+    """File of a run description that `common` changes as an arm changes `common`."""
+    with_branches: tuple[str, ...] | None = Field(None, min_length=1)
+    """Those of its branches that take part; all where it is absent."""
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     """Seeds; each is a repetition of everything, base included."""
     tolerance: float = Field(0.02, ge=0)
@@ -76,13 +82,24 @@ class Comparison(Section):
 
     def run(self, arm: Arm, seed: int) -> RunConfig:
         """The run of an arm. Raises ConfigError if it is no valid description."""
-        content = merged(self.common, arm.settings)
+        content = merged(self._common, arm.settings)
         content |= {"seed": seed, "run_dir": str(self.run_dir(arm.name, seed))}
         if arm.experts is not None:
             run = self.run_dir(arm.experts, seed)
             names = [branch["name"] for branch in content.get("branches", ())]
             content["experts"] = {name: str(run / "branches" / name / "final") for name in names}
         return check(filled(content, seed), RunConfig, f"arm {arm.name}, seed {seed}")
+
+    @cached_property
+    def _common(self) -> dict[str, Any]:
+        """`common` with what it comes from."""
+        content = merged(read_yaml(self.from_run) if self.from_run is not None else {}, self.common)
+        if self.with_branches is None:
+            return content
+        branches = {branch["name"]: branch for branch in content.get("branches", ())}
+        if unknown := [name for name in self.with_branches if name not in branches]:
+            raise ConfigError(f"with_branches: {', '.join(unknown)} is none of {', '.join(branches)}")
+        return {**content, "branches": [branches[name] for name in self.with_branches]}
 
 
 def merged(common: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

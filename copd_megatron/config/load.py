@@ -29,6 +29,14 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str], model: t
 
     Raises ConfigError for a missing or malformed file, an unknown key (with the nearest valid one) or a bad value.
     """
+    return check(read_yaml(path, overrides), model, str(path))
+
+
+def read_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Any:
+    """The content of `path` with `overrides`, its references resolved, not checked against anything.
+
+    Raises ConfigError for a missing or malformed file.
+    """
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{file}: no such config file")
@@ -36,10 +44,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str], model: t
         content = OmegaConf.load(file)
         for override in overrides:
             _put(content, override)
-        plain = OmegaConf.to_container(content, resolve=True)
+        return OmegaConf.to_container(content, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{file}: {error}") from error
-    return check(plain, model, str(file))
 
 
 def _put(content: DictConfig | ListConfig, override: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from copd_megatron.errors import DataError
-from copd_megatron.evaluate.benchmark import PROMPTS_AT_ONCE, Grader, evaluate
+from copd_megatron.evaluate.benchmark import Grader, evaluate
 from copd_megatron.evaluate.results import BenchmarkResult, CapabilityResult, ModelResult
 from copd_megatron.evaluate.suites import Suite
 from copd_megatron.rollout.types import Prompt, Sampling
@@ -78,10 +78,9 @@ def evaluate_model(
 
 
 def _prompts(suite: Suite, builder: PromptBuilder, refused: list[Refusal]) -> Iterator[Prompt]:
-    """Those of the suite's problems that have one; the others are added to `refused`."""
-    for start in range(0, suite.size, PROMPTS_AT_ONCE):
-        examples = [suite.source[index] for index in range(start, min(start + PROMPTS_AT_ONCE, suite.size))]
-        prompts, left_out = builder.build_many(examples, suite.capability)
+    """Those of the suite's problems that have one, decoded one by one; the others are added to `refused`."""
+    for index in range(suite.size):
+        prompts, left_out = builder.build_many([suite.source[index]], suite.capability)
         for uid, reason in left_out:
             logger.warning("%s left out: %s", uid, reason)
         refused += left_out
