@@ -76,13 +76,14 @@ class AccuracyTable:
         ]
 
     def rich(self) -> RenderableType:
-        """For the terminal; lengths, which would not fit 80 columns, are in the other forms."""
+        """For the terminal; lengths, which would not fit 80 columns, are in the other forms. With more capabilities than
+        two, intervals stand below the accuracies, for the same reason."""
         table = RichTable()
         shown = len(self.header) - 2
         for number, title in enumerate(self.header[:shown]):
             table.add_column(title, justify="right" if number else "left", no_wrap=True)
         for row in self.rows:
-            table.add_row(*row[:shown])
+            table.add_row(*(cell.replace(" [", "\n[") if shown > 4 else cell for cell in row[:shown]))
         details = (self._by_model("benchmark", self._benchmark_rows()),) if self._several else ()
         return Group(table, *details, *(Text(note, style="dim") for note in self.footnotes))
 

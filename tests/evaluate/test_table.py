@@ -71,10 +71,15 @@ def test_a_row_shows_accuracies_with_their_intervals() -> None:
     assert "1.2%/1.2%" in table().markdown()
 
 
-def test_table_fits_a_terminal_of_80_columns() -> None:
+@pytest.mark.parametrize("names", [("text", "image"), ("text", "image", "video")])
+def test_table_fits_a_terminal_of_80_columns(names: tuple[str, ...]) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(table().rich())
-    assert "…" not in console.export_text()
+    models = (ModelResult("image branch", tuple(result(name, 0.4) for name in names)),)
+    console.print(table(models=models).rich())
+    shown = console.export_text()
+    assert "…" not in shown
+    low, high = wilson(0.4, 100).low, wilson(0.4, 100).high
+    assert shown.count(f"[{100 * low:.1f}, {100 * high:.1f}]") == len(names)
 
 
 def test_every_form_says_what_was_asked_how_often_and_how() -> None:
