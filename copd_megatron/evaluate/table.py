@@ -76,8 +76,8 @@ class AccuracyTable:
         ]
 
     def rich(self) -> RenderableType:
-        """For the terminal; lengths, which would not fit 80 columns, are in the other forms. With more capabilities than
-        two, intervals stand below the accuracies, for the same reason."""
+        """For the terminal of 80 columns: without lengths, which are in the other forms, and for more than two
+        capabilities with intervals below the accuracies."""
         table = RichTable()
         shown = len(self.header) - 2
         for number, title in enumerate(self.header[:shown]):
