@@ -41,7 +41,7 @@ def planned(file: Path, *overrides: str, gpu: str = "h100-80", **options: Any) -
 def test_each_family_has_a_configuration_for_both_kinds_of_node() -> None:
     assert {file.parent.name for file, _ in SHIPPED} == FAMILIES
     assert [gpu for _, gpu in SHIPPED].count("h100-80") == [gpu for _, gpu in SHIPPED].count("h200-141") == 5
-    assert {file for file, _ in SHIPPED} == set((ROOT / "configs").glob("qwen3_vl_*/*.yaml"))
+    assert {file for file, _ in SHIPPED} == set((ROOT / "configs").glob("qwen3_vl_*/nodes_*.yaml"))
 
 
 @pytest.mark.parametrize(("file", "gpu"), SHIPPED, ids=lambda value: getattr(value, "stem", value))

@@ -1,7 +1,8 @@
 """Killed anywhere, the run ends in the same bits: by itself, or by the same command again if it was the conductor.
 
 Each seed draws who dies, in which step, and how long after its beginning; some wait for what shows on disk that a
-checkpoint or a weight sync is under way. One of them runs always, nine more with the slow tests.
+checkpoint or a weight sync is under way. All are slow tests; chosen kills run always (test_train_command.py,
+test_supervision.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import pytest
 from tiny_run import Command, comparable
 
 KINDS = ("checkpoint write", "Phase II", "weight sync", "commit", "Phase I")
-SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed else []) for seed in range(10)]
 
 
 def under_way(kind: str, run: Path, step: int) -> Callable[[], bool]:
@@ -51,7 +51,8 @@ def wait_for(condition: Callable[[], bool], process: object) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
 def test_killed_run_ends_in_the_same_bits(command: Command, undisturbed: Command, seed: int) -> None:
     draw = random.Random(seed)
     kind = KINDS[seed % len(KINDS)]

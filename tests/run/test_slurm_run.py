@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -98,10 +99,8 @@ def test_each_branch_runs_on_a_node_of_its_own(whole: SlurmCommand) -> None:
     assert "checked 2 nodes: n1 127.0.0.1, n2 127.0.0.2" in (whole.run / "run.log").read_text()
     assert read_status(whole.run / "status.json").job == whole.job
     for name, node in {"text": "n1", "image": "n2"}.items():
-        assert (
-            f"branch {name}, rank 0 of 1 on {node}"
-            in (whole.run / "branches" / name / "ranks" / "rank_0.txt").read_text()
-        )
+        log = (whole.run / "branches" / name / "ranks" / "rank_0.txt").read_text()
+        assert re.search(rf"gang {name}/\w+, rank 0 of 1 on {node}", log)
 
 
 def test_a_preempted_run_saves_together_waits_and_ends_in_the_same_bits(
