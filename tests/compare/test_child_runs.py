@@ -21,7 +21,7 @@ from copd_megatron.errors import Interrupted
 PROCESS = """
 import json, pathlib, signal, sys, time
 run, seconds, status = pathlib.Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+signal.signal(signal.SIGINT, (lambda *_: None) if sys.argv[5] == "True" else (lambda *_: sys.exit(130)))
 run.mkdir(parents=True, exist_ok=True)
 (run / "began").write_text(str(time.monotonic()))
 time.sleep(seconds)
@@ -38,7 +38,7 @@ sys.exit(status)
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """Makes a job whose run takes so long and ends with such a status."""
-    how: dict[str, tuple[float, int, bool]] = {}
+    how: dict[str, tuple[float, int, bool, bool]] = {}
 
     def start(job: Job, console: Console) -> _Running:
         log = job.run_dir.with_suffix(".log")
@@ -52,9 +52,10 @@ def job(tmp_path, monkeypatch):
         seconds: float = 0.5,
         status: int = 0,
         result: bool = True,
+        deaf: bool = False,
         experts: str | None = None,
     ) -> Job:
-        how[what] = seconds, status, result
+        how[what] = seconds, status, result, deaf
         branches = [{"name": f"b{number}", "data": {"mini": {"modality": "text"}}} for number in range(ranks)]
         topology = "mesh" if ranks > 1 else "none"
         content = {"base": "base", "branches": branches, "topology": topology, "run_dir": str(tmp_path / what)}
@@ -121,6 +122,19 @@ def test_done_runs_are_not_done_again(job, tmp_path):
     before = spans(tmp_path)
     do_runs([job("a")], Console(quiet=True))
     assert spans(tmp_path) == before
+
+
+def test_stopping_starts_nothing_more_where_a_run_has_just_ended(job, tmp_path):
+    def stop() -> None:
+        while not (tmp_path / "a" / "began").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(Interrupted, match="stopped in a"):
+        do_runs([job("a", seconds=1.0, deaf=True), job("c")], Console(quiet=True))
+    assert (tmp_path / "a" / "ended").exists()
+    assert not (tmp_path / "c").exists()
 
 
 def test_stopping_ends_all_that_run_and_starts_nothing_more(job, tmp_path):

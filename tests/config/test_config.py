@@ -38,6 +38,11 @@ def test_overrides_reach_nested_keys_and_references_are_resolved(tmp_path):
     assert (config.seed, config.run_dir, config.rl.prompts, config.native_prompts) == (5, "runs/seed5", 32, 16)
 
 
+def test_an_override_of_a_section_leaves_the_rest_of_it(tmp_path):
+    config = load_config(write(tmp_path, {**MINIMAL, "rl": {"prompts": 32}}), ["rl={group: 4}"], RunConfig)
+    assert (config.rl.prompts, config.rl.group) == (32, 4)
+
+
 def test_overrides_reach_the_items_of_a_list(tmp_path):
     config = load_config(write(tmp_path, MINIMAL), ["branches.1.parallel.world=2", "branches[0].name=words"], RunConfig)
     assert [(branch.name, branch.parallel.world) for branch in config.branches] == [("words", 1), ("image", 2)]

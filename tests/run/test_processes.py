@@ -63,6 +63,15 @@ def test_the_others_are_ended_when_one_fails(tmp_path: Path) -> None:
     assert (tmp_path / "log.txt").read_text() == "rank 1 has failed with exit status 3; all ranks are ended\n"
 
 
+def test_the_others_are_asked_to_end_before_they_are_killed(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    heed = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: (print('asked', flush=True), sys.exit(0)))"
+    fail = f"import sys, time\nwhile 'ready' not in open({str(log)!r}).read(): time.sleep(0.02)\nsys.exit(2)"
+    started = start(log, f"{heed}; print('ready', flush=True); {SLEEP}", fail)
+    assert ended(started) == 2
+    assert "asked" in log.read_text()
+
+
 def test_one_that_a_signal_has_ended_is_named(tmp_path: Path) -> None:
     """Also when another, which has lost it, has failed by the time that somebody looks."""
     log = tmp_path / "log.txt"
