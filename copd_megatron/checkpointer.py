@@ -57,7 +57,7 @@ class Checkpointer:
 
         `position` says for the run's manifest where in the algorithm that is; `state` is this rank's, and `attached`
         are rank 0's files, as in `checkpoint.Saving`. Raises CopdError, on every rank, if this checkpoint or the one
-        before cannot be written.
+        before cannot be written, PeerLost if a branch is gone that the one before waits for.
         """
         step = self._policy.version
         if step == self._begun:
@@ -105,15 +105,17 @@ class Checkpointer:
             self._spokesman.saved(self._awaited, self._checkpoints.entry(self._branch, self._awaited))
 
     def _commit(self, wait: bool) -> None:
-        outcome: tuple[bool, str | None] | None = None
+        outcome: tuple[bool, CopdError | None] | None = None
         if self._spokesman is not None:
             try:
                 outcome = self._commit_on_first_rank(self._spokesman, wait), None
-            except (CopdError, OSError) as error:
-                outcome = False, str(error)
+            except CopdError as error:  # as it is: after the loss of a peer the run goes on, after others it does not
+                outcome = False, error
+            except OSError as error:
+                outcome = False, CopdError(str(error))
         counts, failure = layout.broadcast_in_gang(outcome)
         if failure is not None:
-            raise CopdError(failure)
+            raise failure
         if counts:
             self._awaited = None
 

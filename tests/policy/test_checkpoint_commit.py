@@ -13,7 +13,7 @@ from tiny_policy import make_samples, new_policy, toy_loss
 
 from copd_megatron.checkpointer import Checkpointer
 from copd_megatron.config import RunConfig
-from copd_megatron.errors import CopdError
+from copd_megatron.errors import CopdError, PeerLost
 from copd_megatron.exchange import Exchange, Supervision
 from copd_megatron.policy import async_writer
 from copd_megatron.policy.manifest import describe, write_manifest
@@ -184,7 +184,7 @@ def test_lost_peer_ends_the_wait(run: Run) -> None:
     run.train()
     run.save()
     Supervision(run.store, NAMES).lost("image", "killed by signal 9")
-    with pytest.raises(CopdError, match=r"'image' is gone \(killed by signal 9\)"):
+    with pytest.raises(PeerLost, match=r"'image' is gone \(killed by signal 9\)"):
         run.checkpointer.wait()
     assert run.checkpoints.steps() == []
 
