@@ -70,7 +70,7 @@ def gather(comparison: Comparison, reasons: Mapping[tuple[str, int], str]) -> li
             accuracy=numbers.get(row.label),
             cost=means.get(row.label),
             missing={
-                seed: reasons.get((arm.name, seed), "not run")
+                seed: reasons.get((arm.name, seed), "not begun")
                 for seed in comparison.seeds
                 if seed not in outcomes[row.label]
             },

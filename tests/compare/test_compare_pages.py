@@ -35,9 +35,9 @@ def test_rows_say_what_they_are_what_they_cost_and_why_they_are_missing(given):
     assert (rows["MOPD"].cost["updates"], rows["MOPD"].cost["depth"]) == (30, 20)
     assert (rows["CoPD"].cost["updates"], rows["CoPD"].cost["depth"]) == (30, 15)
     assert rows["MOPD"].accuracy.seeds == (0,)
-    assert rows["MOPD"].missing == {1: "not run"}
+    assert rows["MOPD"].missing == {1: "not begun"}
     assert rows["CoPD 2 : 1"].accuracy is None
-    assert rows["CoPD 2 : 1"].missing == {0: "out of memory", 1: "not run"}
+    assert rows["CoPD 2 : 1"].missing == {0: "out of memory", 1: "not begun"}
     assert rows["base"].accuracy.versus["overall"].mean < -0.15
     assert all(row.budget is None for row in rows.values())
 
@@ -47,7 +47,7 @@ def test_pages_have_every_row_and_every_plot(given, tmp_path):
     compare(describe(tmp_path), [], Console(quiet=True), train=False)
     out = tmp_path / "out"
     page, html = (out / "compare.md").read_text(), (out / "compare.html").read_text()
-    for text in ("MOPD", "CoPD 2 : 1", "seed 1 not run: not run", "SYNTHETIC convention", "fewer than three seeds"):
+    for text in ("MOPD", "CoPD 2 : 1", "seed 1 not run: not begun", "SYNTHETIC convention", "fewer than three seeds"):
         assert text in page
         assert text in html
     assert sorted(path.stem for path in (out / "plots").iterdir()) == [
@@ -59,7 +59,7 @@ def test_pages_have_every_row_and_every_plot(given, tmp_path):
     ]
     content = json.loads((out / "compare.json").read_text())
     row = next(row for row in content["rows"] if row["label"] == "MOPD")
-    assert row["missing"] == {"1": "not run"}
+    assert row["missing"] == {"1": "not begun"}
     assert 0 < row["accuracy"]["versus"]["overall"]["p"] <= 1
 
 
