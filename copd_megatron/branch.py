@@ -13,10 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
-from copd_megatron.actor import Actor, Teacher
-from copd_megatron.checkpointer import Checkpointer
 from copd_megatron.config import RunConfig
-from copd_megatron.engines import EngineGone, Engines
 from copd_megatron.errors import Interrupted
 from copd_megatron.observe.timeline import Activity
 from copd_megatron.policy import layout
@@ -25,19 +22,22 @@ from copd_megatron.policy.packed import MicroBatch
 from copd_megatron.policy.resident import ResidentTeachers
 from copd_megatron.policy.schedule import Loss, Measure, over_replicas
 from copd_megatron.policy.trainer import Policy
-from copd_megatron.probe import Findings, Probe
-from copd_megatron.resume import rank_state
 from copd_megatron.rhythm import FixedRhythm, Step
 from copd_megatron.rollout.sglang.engine import SGLangEngine
 from copd_megatron.rollout.types import Rollout
 from copd_megatron.run_folder import RunFolder
-from copd_megatron.snapshots import Snapshots
-from copd_megatron.spokesman import Spokesman
 from copd_megatron.steering.readings import Reading
 from copd_megatron.steering.steered import SteeredRhythm
-from copd_megatron.tally import Tally
-from copd_megatron.teacher_weights import TeacherWeights
 from copd_megatron.weights.hf import write_folder
+from copd_megatron.worker.actor import Actor, Teacher
+from copd_megatron.worker.checkpointer import Checkpointer
+from copd_megatron.worker.engines import EngineGone, Engines
+from copd_megatron.worker.probe import Findings, Probe
+from copd_megatron.worker.resume import rank_state
+from copd_megatron.worker.snapshots import Snapshots
+from copd_megatron.worker.spokesman import Spokesman
+from copd_megatron.worker.tally import Tally
+from copd_megatron.worker.teacher_weights import TeacherWeights
 
 log = logging.getLogger(__name__)
 

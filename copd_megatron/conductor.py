@@ -29,8 +29,8 @@ from copd_megatron.observe.status_file import StatusFile
 from copd_megatron.rollout.sglang.fleet import Fleet
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
-from copd_megatron.run_lock import conductor_lock
-from copd_megatron.supervisor import Supervisor
+from copd_megatron.supervision.run_lock import conductor_lock
+from copd_megatron.supervision.supervisor import Supervisor
 from copd_megatron.topology import untaught
 from copd_megatron.weights.merge.folders import merge_folders
 

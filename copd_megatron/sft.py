@@ -23,8 +23,8 @@ from copd_megatron.data.mini.task import Modality
 from copd_megatron.data.settings import SourceSettings
 from copd_megatron.errors import CopdError
 from copd_megatron.policy.optimizer import OptimizerSettings
-from copd_megatron.processes import Processes, seats
-from copd_megatron.run_lock import die_with_parent
+from copd_megatron.supervision.processes import Processes, seats
+from copd_megatron.supervision.run_lock import die_with_parent
 
 if TYPE_CHECKING:
     from copd_megatron.data.capability import Source

@@ -38,7 +38,6 @@ def our_half(model: Path, prompts: Sequence[str], steps: int, tokens: int) -> di
     import torch
 
     torch.set_num_threads(1)
-    from copd_megatron.actor import Actor, Teacher
     from copd_megatron.objectives.branch_loss import branch_loss
     from copd_megatron.objectives.settings import LossSettings
     from copd_megatron.observe.timeline import Timeline
@@ -49,7 +48,8 @@ def our_half(model: Path, prompts: Sequence[str], steps: int, tokens: int) -> di
     from copd_megatron.rewards.pool import RewardPool
     from copd_megatron.rollout.embedded import EmbeddedEngine
     from copd_megatron.rollout.types import Prompt, Sampling
-    from copd_megatron.snapshots import Snapshots
+    from copd_megatron.worker.actor import Actor, Teacher
+    from copd_megatron.worker.snapshots import Snapshots
 
     one = layout.Layout()
     layout.initialize(one)

@@ -35,7 +35,7 @@ class Target:
 
     def switchboard(self) -> psutil.Process:
         """The process that branches talk through."""
-        return _processes("copd_megatron.switchboard", str(self.command.run))[0]
+        return _processes("copd_megatron.supervision.switchboard", str(self.command.run))[0]
 
     def server(self) -> list[psutil.Process]:
         """All processes of one branch's server."""

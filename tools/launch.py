@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from copd_megatron.exchange import address, serve
-from copd_megatron.processes import seats
+from copd_megatron.supervision.processes import seats
 
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from copd_megatron import __version__
 from copd_megatron.observe.gpu import GpuTelemetry
-from copd_megatron.ports import free_ports
+from copd_megatron.supervision.ports import free_ports
 
 MARK = "node-report "
 """Begins the line, which stands among what else is printed when a process starts."""

@@ -16,10 +16,10 @@ from copd_megatron.cluster.node_check import Node, Wanted, check_nodes
 from copd_megatron.cluster.placement import node_groups, place
 from copd_megatron.config import RunConfig
 from copd_megatron.errors import CopdError
-from copd_megatron.gang import Gang
-from copd_megatron.ports import free_ports
-from copd_megatron.processes import seats
 from copd_megatron.run_folder import RunFolder
+from copd_megatron.supervision.gang import Gang
+from copd_megatron.supervision.ports import free_ports
+from copd_megatron.supervision.processes import seats
 
 OVERRULED = ("NTASKS", "NPROCS", "CPUS_PER_TASK", "MEM_PER", "GPUS", "GRES", "TRES", "DISTRIBUTION", "CPU_BIND")
 """Beginnings, behind SLURM_, of what sbatch's options leave in the environment for every srun: steps have their own."""

@@ -16,8 +16,8 @@ from rich.console import Console
 from copd_megatron.config import RunConfig, save_config
 from copd_megatron.errors import ConfigError, Interrupted
 from copd_megatron.run_folder import RunFolder, mathematical_changes
-from copd_megatron.run_lock import die_with_parent
-from copd_megatron.signals import heeding
+from copd_megatron.supervision.run_lock import die_with_parent
+from copd_megatron.supervision.signals import heeding
 
 _LOOK_SECONDS = 0.1
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from copd_megatron.actor import attach
 from copd_megatron.objectives.buckets import Buckets
 from copd_megatron.objectives.drift import LOW_SUPPORT
 from copd_megatron.objectives.token_stats import overlap, token_stats
 from copd_megatron.rollout.embedded import EmbeddedEngine
 from copd_megatron.rollout.types import Prompt, Rollout, Sampling
+from copd_megatron.worker.actor import attach
 
 Pairs = list[tuple[float, float]]
 Read = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]

@@ -10,7 +10,7 @@ from torch.distributed import HashStore
 from copd_megatron.cluster.rendezvous import by_srun, joined
 from copd_megatron.errors import CopdError
 from copd_megatron.exchange import reach
-from copd_megatron.processes import seats
+from copd_megatron.supervision.processes import seats
 
 BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
 SEATS = {

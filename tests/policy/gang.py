@@ -11,7 +11,7 @@ from typing import Any
 import torch.multiprocessing as multiprocessing
 
 from copd_megatron.exchange import address, serve
-from copd_megatron.processes import seats
+from copd_megatron.supervision.processes import seats
 
 
 def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:

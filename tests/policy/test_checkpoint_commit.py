@@ -11,7 +11,6 @@ import pytest
 import torch.distributed as dist
 from tiny_policy import make_samples, new_policy, toy_loss
 
-from copd_megatron.checkpointer import Checkpointer
 from copd_megatron.config import RunConfig
 from copd_megatron.errors import CopdError, PeerLost
 from copd_megatron.exchange import Exchange, Supervision
@@ -19,7 +18,8 @@ from copd_megatron.policy import async_writer
 from copd_megatron.policy.manifest import describe, write_manifest
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
-from copd_megatron.spokesman import Spokesman
+from copd_megatron.worker.checkpointer import Checkpointer
+from copd_megatron.worker.spokesman import Spokesman
 
 NAMES = ["text", "image"]
 BRANCHES = [{"name": name, "data": {"mini": {"modality": name}}} for name in NAMES]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from copd_megatron.ports import free_ports
+from copd_megatron.supervision.ports import free_ports
 
 PACKAGES = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm", "munged": "munge"}
 NODES = ("n1", "n2")

@@ -11,8 +11,8 @@ import torch
 
 from copd_megatron.errors import PeerLost, WeightsError
 from copd_megatron.exchange import Supervision, beat_key, connect, serve
-from copd_megatron.snapshots import Snapshots
-from copd_megatron.switchboard import Switchboard
+from copd_megatron.supervision.switchboard import Switchboard
+from copd_megatron.worker.snapshots import Snapshots
 
 NAMES = ["text", "image"]
 
@@ -175,7 +175,7 @@ def test_heartbeats_are_those_of_the_ranks_that_have_begun_to_beat(conductor):
 
 def test_a_rank_beats_tells_why_the_run_cannot_go_on_and_ends_with_the_store(tmp_path):
     rank = (
-        "import sys, time; from copd_megatron import heartbeat\n"
+        "import sys, time; from copd_megatron.worker import heartbeat\n"
         "heartbeat.connect('127.0.0.1', int(sys.argv[1]), 'text', 1).refuse('the data are wrong'); time.sleep(200)"
     )
     switchboard = Switchboard(tmp_path, ["text"], patience=5.0, log=tmp_path / "log.txt")

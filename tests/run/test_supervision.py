@@ -29,7 +29,7 @@ def assert_as_undisturbed(command: Command, undisturbed: Command) -> None:
 def switchboard(command: Command) -> psutil.Process:
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "copd_megatron.switchboard" in words and str(command.run) in words:
+        if "copd_megatron.supervision.switchboard" in words and str(command.run) in words:
             return process
     raise AssertionError("no switchboard is running")
 

@@ -15,7 +15,7 @@ import torch
 
 from copd_megatron.config.engines import KEY_VARIABLE, RUN_VARIABLE
 from copd_megatron.rollout.sglang import stand_in
-from copd_megatron.run_lock import die_with_parent, outlive_parent_for_workers
+from copd_megatron.supervision.run_lock import die_with_parent, outlive_parent_for_workers
 
 _SAVE_SECONDS = 1800.0
 """How long a server goes on serving at most when the run's conductor is gone."""

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from copd_megatron.config.engines import KEY_VARIABLE
-from copd_megatron.ports import free_ports
 from copd_megatron.rollout.sglang.endpoints import Endpoints
+from copd_megatron.supervision.ports import free_ports
 
 KEY = "a key of the tests"
 START_SECONDS = 240.0

@@ -6,7 +6,7 @@ import pytest
 from turned_clock import Clock
 
 from copd_megatron.config.supervision import SupervisionConfig
-from copd_megatron.liveness import Liveness
+from copd_megatron.supervision.liveness import Liveness
 
 SETTINGS = SupervisionConfig(heartbeat_seconds=60, stall_seconds=600)
 

@@ -20,7 +20,7 @@ from copd_megatron.observe.timeline import Activity, Timeline
 from copd_megatron.rhythm import Step
 from copd_megatron.steering.readings import Reading, Readings
 from copd_megatron.steering.steered import SteeredRhythm, Switch
-from copd_megatron.window import Window
+from copd_megatron.worker.window import Window
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from copd_megatron.actor import Actor, Teacher
 from copd_megatron.branch import Branch
-from copd_megatron.checkpointer import Checkpointer
 from copd_megatron.config import RunConfig
 from copd_megatron.config.engines import BASE
 from copd_megatron.data.capability import Capability, first, open_capability
@@ -23,20 +21,22 @@ from copd_megatron.objectives.branch_loss import branch_loss
 from copd_megatron.objectives.distill import FULL_LOSSES
 from copd_megatron.objectives.drift import drift_stats
 from copd_megatron.objectives.settings import LossSettings
-from copd_megatron.open_engines import OpenEngines
 from copd_megatron.policy import checkpoint, layout
 from copd_megatron.policy.qwen3_vl import build_model
 from copd_megatron.policy.resident import ResidentTeachers
 from copd_megatron.policy.trainer import Policy
-from copd_megatron.probe import Probe, probe_sampling
-from copd_megatron.resume import State, own_streams
 from copd_megatron.rewards.pool import RewardPool
 from copd_megatron.rollout.types import Prompt, Sampling
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
-from copd_megatron.snapshots import Snapshots
-from copd_megatron.spokesman import Spokesman
 from copd_megatron.steering.steered import SteeredRhythm
+from copd_megatron.worker.actor import Actor, Teacher
+from copd_megatron.worker.checkpointer import Checkpointer
+from copd_megatron.worker.open_engines import OpenEngines
+from copd_megatron.worker.probe import Probe, probe_sampling
+from copd_megatron.worker.resume import State, own_streams
+from copd_megatron.worker.snapshots import Snapshots
+from copd_megatron.worker.spokesman import Spokesman
 
 
 def open_branch(run: str, name: str, exchange: Exchange | None, resume: int, host: str) -> Branch:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from copd_megatron import ports
-from copd_megatron.ports import free_ports
+from copd_megatron.supervision import ports
+from copd_megatron.supervision.ports import free_ports
 
 
 def test_they_differ_are_free_and_never_given_to_outgoing_connections() -> None:

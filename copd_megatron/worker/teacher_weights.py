@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from copd_megatron.actor import Teacher
 from copd_megatron.policy.trainer import Policy
 from copd_megatron.rollout.sglang.engine import SGLangEngine
-from copd_megatron.snapshots import Snapshots
+from copd_megatron.worker.actor import Teacher
+from copd_megatron.worker.snapshots import Snapshots
 
 
 class TeacherWeights:

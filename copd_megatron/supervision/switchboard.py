@@ -1,6 +1,6 @@
 """The process that holds the store through which branches and conductor talk: it outlives a conductor that is killed.
 
-    python -m copd_megatron.switchboard RUN_DIR PATIENCE BRANCH …
+    python -m copd_megatron.supervision.switchboard RUN_DIR PATIENCE BRANCH …
 
 It prints the store's address and serves until its input ends, which happens when the conductor does, however it ends.
 Ranks may be at work then: it has all branches stop before the same update, as the conductor would have on Ctrl-C, and
@@ -20,7 +20,7 @@ from torch.distributed import DistError
 from copd_megatron.errors import CopdError
 from copd_megatron.exchange import Supervision, reach, serve
 from copd_megatron.observe.events import EventLog
-from copd_megatron.run_lock import wait_for_workers
+from copd_megatron.supervision.run_lock import wait_for_workers
 
 _ASK_SECONDS, _ANSWER_SECONDS = 5.0, 30.0
 """How often the conductor asks whether the store is alive, and how long it waits for an answer."""

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from copd_megatron.probe import Findings
 from copd_megatron.steering.readings import Estimate, Reading
+from copd_megatron.worker.probe import Findings
 
 STATS = {"overlap/0": 0.8, "overlap_square/0": 0.65, "symkl/0": 0.3, "kl_forward/0": 0.2, "kl_forward_square/0": 0.05}
 

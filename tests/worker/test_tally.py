@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from copd_megatron.rollout.types import Prompt, Rollout
-from copd_megatron.tally import Tally
+from copd_megatron.worker.tally import Tally
 
 
 def rollout(reward, length, finish="stop"):

@@ -18,16 +18,16 @@ from copd_megatron.cluster.site import Site
 from copd_megatron.config import RunConfig
 from copd_megatron.errors import CopdError, Interrupted
 from copd_megatron.exchange import Supervision
-from copd_megatron.gang import Gang
-from copd_megatron.liveness import Liveness
 from copd_megatron.observe.events import EventLog, Kind
 from copd_megatron.observe.progress import Progress
 from copd_megatron.observe.status import BranchStatus
 from copd_megatron.rollout.sglang.fleet import Fleet
 from copd_megatron.run_checkpoints import RunCheckpoints
 from copd_megatron.run_folder import RunFolder
-from copd_megatron.signals import heeding
-from copd_megatron.switchboard import Switchboard
+from copd_megatron.supervision.gang import Gang
+from copd_megatron.supervision.liveness import Liveness
+from copd_megatron.supervision.signals import heeding
+from copd_megatron.supervision.switchboard import Switchboard
 
 _POLL_SECONDS = 0.25
 _BEATS_SECONDS = 2.0

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, pvariance
 
-from copd_megatron.actor import Actor, Teacher
 from copd_megatron.objectives.drift import SQUARES, low_support
 from copd_megatron.policy.batching import Sample
 from copd_megatron.randomness import seed_for
 from copd_megatron.rollout.types import Prompt, Rollout, Sampling
 from copd_megatron.steering.readings import Estimate, Reading, edge, estimate
+from copd_megatron.worker.actor import Actor, Teacher
 
 
 @dataclass

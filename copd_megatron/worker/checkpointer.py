@@ -22,7 +22,7 @@ from copd_megatron.policy.checkpoint import Saving
 from copd_megatron.policy.trainer import Policy
 from copd_megatron.run_checkpoints import RunCheckpoints, description
 from copd_megatron.run_folder import RunFolder
-from copd_megatron.spokesman import Spokesman
+from copd_megatron.worker.spokesman import Spokesman
 
 log = logging.getLogger(__name__)
 

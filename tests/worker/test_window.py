@@ -8,7 +8,7 @@ import pytest
 
 from copd_megatron.errors import PeerLost
 from copd_megatron.exchange import Exchange, Supervision, connect, serve
-from copd_megatron.window import Window
+from copd_megatron.worker.window import Window
 
 STEP = 7
 

@@ -10,17 +10,17 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from copd_megatron.actor import Actor
 from copd_megatron.config import RunConfig
 from copd_megatron.errors import CopdError, Interrupted
 from copd_megatron.policy import layout
 from copd_megatron.policy.trainer import Policy
-from copd_megatron.probe import Probe
 from copd_megatron.rollout.engine import EngineLost, RolloutEngine
 from copd_megatron.rollout.sglang.engine import SGLangEngine
-from copd_megatron.snapshots import Snapshots
-from copd_megatron.spokesman import Spokesman
-from copd_megatron.window import Order
+from copd_megatron.worker.actor import Actor
+from copd_megatron.worker.probe import Probe
+from copd_megatron.worker.snapshots import Snapshots
+from copd_megatron.worker.spokesman import Spokesman
+from copd_megatron.worker.window import Order
 
 log = logging.getLogger(__name__)
 

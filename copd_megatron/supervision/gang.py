@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from copd_megatron.processes import Processes
+from copd_megatron.supervision.processes import Processes
 
 
 class Gang(Processes):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from copd_megatron import processes
-from copd_megatron.gang import Gang
-from copd_megatron.processes import Processes, seats
+from copd_megatron.supervision import processes
+from copd_megatron.supervision.gang import Gang
+from copd_megatron.supervision.processes import Processes, seats
 
 SLEEP = "import time; time.sleep(60)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); {SLEEP}"

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from copd_megatron.errors import CopdError, Interrupted, PeerLost
-from copd_megatron.run_lock import hold_worker_lock
+from copd_megatron.supervision.run_lock import hold_worker_lock
 
 
 def main() -> int:
@@ -49,10 +49,10 @@ def main() -> int:
 
 
 def _train(arguments: argparse.Namespace, host: str, port: int) -> int:
-    from copd_megatron import heartbeat
     from copd_megatron.exchange import connect
-    from copd_megatron.opening import open_branch
     from copd_megatron.train import train
+    from copd_megatron.worker import heartbeat
+    from copd_megatron.worker.opening import open_branch
 
     rank = int(os.environ["RANK"])
     heart = heartbeat.connect(host, port, arguments.branch, rank)
