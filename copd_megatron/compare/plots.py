@@ -172,8 +172,10 @@ def _correlation(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def _by_step(records: Sequence[RunRecord], metric: str) -> dict[int, list[float]]:
-    """By step, one value per seed: the mean over edges."""
+    """By step, one value per seed: the mean over edges. Only steps at which every seed was measured: a mean over other
+    seeds than at the step before would be no course of anything."""
     found: dict[int, list[float]] = {}
+    seeds = 0
     for record in records:
         values: dict[int, list[float]] = {}
         for student, teacher in record.edges(metric):
@@ -181,9 +183,10 @@ def _by_step(records: Sequence[RunRecord], metric: str) -> dict[int, list[float]
             for step, value in zip(series.steps, series.values, strict=True):
                 if math.isfinite(value):
                     values.setdefault(step, []).append(value)
+        seeds += bool(values)
         for step, edges in values.items():
             found.setdefault(step, []).append(fmean(edges))
-    return found
+    return {step: values for step, values in found.items() if len(values) == seeds}
 
 
 def _forgetting(record: RunRecord) -> list[tuple[float, float]]:

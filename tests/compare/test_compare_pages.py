@@ -7,7 +7,7 @@ from comparisons import DESCRIPTION, comparison, describe, make_up
 from rich.console import Console
 
 from copd_megatron.compare.command import compare
-from copd_megatron.compare.plots import absorption
+from copd_megatron.compare.plots import absorption, draw_drift
 from copd_megatron.compare.results import gather
 from copd_megatron.errors import ConfigError, CopdError
 from copd_megatron.observe.record import read_run
@@ -40,6 +40,17 @@ def test_rows_say_what_they_are_what_they_cost_and_why_they_are_missing(given):
     assert rows["CoPD 2 : 1"].missing == {0: "out of memory", 1: "not begun"}
     assert rows["base"].accuracy.versus["overall"].mean < -0.15
     assert all(row.budget is None for row in rows.values())
+
+
+def test_drift_is_drawn_where_every_seed_was_measured(given):
+    runs = [given.run_dir("copd", seed) for seed in (0, 1)]
+    for name in ("text", "image"):
+        file = runs[1] / "branches" / name / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if '"probe", "step": 5,' not in line))
+    figure = draw_drift([("copd", [read_run(run) for run in runs])])
+    for axis in figure.axes:
+        assert [list(line.get_xdata()) for line in axis.lines] == [[0, 10, 15]]
 
 
 def test_pages_have_every_row_and_every_plot(given, tmp_path):

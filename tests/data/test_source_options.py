@@ -58,7 +58,7 @@ def test_options_are_read_from_every_form(given: object, options: dict[str, str]
         "__import__('os').getcwd()",
         "[" * 5000,
         "-" * 15000 + "1",
-        "[" + "1," * 20_000 + "]",
+        f"['{'a' * 20_000}']",  # a list, but of a text that is longer than is read
         ["a"] * 27,
         ["a", None],
         [["a"]],
