@@ -71,7 +71,7 @@ def test_kinds_of_problems_are_told_apart() -> None:
     assert {name: estimate.accuracy for name, estimate in result.groups.items()} == {"a": 4 / 6, "b": 0.0}
 
 
-def test_a_question_asked_twice_is_one_problem() -> None:
+def test_a_question_asked_twice_is_one_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     media = Media(torch.zeros(4, 6), torch.tensor([[1, 2, 2]]))
     greedy = Sampling(max_new_tokens=4, stop_token_ids=(0,), temperature=0.0)
     texts = [prompt(1, "a"), prompt(1, "a"), prompt(2, "b"), prompt(3, "b")]
@@ -81,6 +81,9 @@ def test_a_question_asked_twice_is_one_problem() -> None:
     assert result.estimate.trials < 4
     # Equal words below different pictures are different questions.
     pictures = [prompt(1, "a", media=media), prompt(1, "b", media=media)]
+    result = evaluate(ScriptedEngine(), "letters", pictures, EqualGrader(), greedy, seed=0)
+    assert (result.distinct, result.estimate) == (2, wilson(0.5, 2))
+    monkeypatch.setattr(benchmark, "PROMPTS_AT_ONCE", 1)  # also where they come in different batches
     result = evaluate(ScriptedEngine(), "letters", pictures, EqualGrader(), greedy, seed=0)
     assert (result.distinct, result.estimate) == (2, wilson(0.5, 2))
 
