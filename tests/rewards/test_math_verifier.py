@@ -59,6 +59,7 @@ def test_gold_answer_that_is_no_expression_is_not_blamed_on_the_response() -> No
     [
         (r"\boxed{B}", "B", 1.0),
         (r"\boxed{C}", "B", 0.0),
+        ("The answer is B.", "B", 1.0),  # no box: an expression could not be read
         (r"\boxed{\frac{1}{2}}", "0.5", 1.0),
         (r"\boxed{x}", "x", 1.0),
         (r"\boxed{3}", "4", 0.0),
