@@ -1,0 +1,1 @@
+"""The Megatron side of a branch: layouts, models, batches, the trainer and its checkpoints."""
