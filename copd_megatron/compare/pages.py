@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +65,23 @@ COST_NOTE = (
 
 
 def accuracy_table(comparison: Comparison, rows: Sequence[RowResult]) -> Table:
-    """Accuracy in percent by capability, and the difference to the reference."""
+    """Accuracy in percent by capability, and the differences to the references."""
     done = [row for row in rows if row.accuracy is not None]
     names = [name for name in (done[0].accuracy.of if done and done[0].accuracy else ()) if name != OVERALL]
     lines = []
     for row in rows:
         if row.accuracy is None:
             reasons = "; ".join(sorted(set(row.missing.values())))
-            lines.append((row.label, *[ABSENT] * (len(names) + 3), f"not run: {reasons}"))
+            absent = [ABSENT] * (len(names) + 1 + 2 * len(comparison.reference))
+            lines.append((row.label, *absent, f"not run: {reasons}"))
             continue
         cells = [_percent(row.accuracy.of[name]) for name in (*names, OVERALL)]
-        versus = row.accuracy.versus.get(OVERALL)
+        versus = [row.accuracy.versus.get(reference, {}).get(OVERALL) for reference in comparison.reference]
         seeds = ", ".join(map(str, row.accuracy.seeds))
         missing = "; ".join(f"seed {seed} not run: {reason}" for seed, reason in sorted(row.missing.items()))
-        lines.append((row.label, *cells, *_versus(versus), f"{seeds}; {missing}" if missing else seeds))
-    header = ("method", *names, OVERALL, f"overall − {comparison.reference}", "p", "seeds")
+        lines.append((row.label, *cells, *chain(*map(_versus, versus)), f"{seeds}; {missing}" if missing else seeds))
+    differences = chain(*((f"overall − {reference}", "p") for reference in comparison.reference))
+    header = ("method", *names, OVERALL, *differences, "seeds")
     return Table(header, tuple(lines))
 
 
@@ -125,7 +128,7 @@ def notes_of(
     evaluations = [record.evaluation for _, found in records for record in found if record.evaluation is not None]
     notes += dict.fromkeys(f"{one.task}; {one.size}." for one in evaluations)
     notes += [
-        f"Not at equal budget (more than {comparison.tolerance:.0%} from {comparison.reference}): {row.budget}"
+        f"Not at equal budget (more than {comparison.tolerance:.0%} from {comparison.reference[0]}): {row.budget}"
         for row in rows
         if row.budget
     ]
@@ -135,7 +138,7 @@ def notes_of(
 def as_plain(comparison: Comparison, rows: Sequence[RowResult]) -> dict[str, Any]:
     """For `compare.json`."""
     return {
-        "reference": comparison.reference,
+        "reference": list(comparison.reference),
         "seeds": list(comparison.seeds),
         "replicates": comparison.replicates,
         "tolerance": comparison.tolerance,

@@ -18,8 +18,9 @@ from copd_megatron.observe.results import ModelResult
 REFERENCE_COLOUR = "#D55E00"
 
 
-def draw_rows(rows: Sequence[RowResult], reference: str) -> Figure | None:
-    """Accuracy of every row with its interval, one panel per capability and overall; None without a result."""
+def draw_rows(rows: Sequence[RowResult], references: Sequence[str]) -> Figure | None:
+    """Accuracy of every row with its interval, one panel per capability and overall; None without a result. References
+    stand out, the first with a line through its mean."""
     done = [(row, row.accuracy) for row in rows if row.accuracy is not None]
     if not done:
         return None
@@ -32,11 +33,11 @@ def draw_rows(rows: Sequence[RowResult], reference: str) -> Figure | None:
                 100 * value.mean,
                 -place,
                 xerr=([100 * (value.mean - value.low)], [100 * (value.high - value.mean)]),
-                fmt="s" if row.label == reference else "o",
-                color=REFERENCE_COLOUR if row.label == reference else colour(0),
+                fmt="s" if row.label in references else "o",
+                color=REFERENCE_COLOUR if row.label in references else colour(0),
                 capsize=3,
             )
-            if row.label == reference:
+            if row.label == references[0]:
                 axis.axvline(100 * value.mean, color=REFERENCE_COLOUR, linewidth=0.8, linestyle=(0, (2, 3)))
         axis.set_title(literal(name))
         axis.set_xlabel("accuracy (%), 95% interval")

@@ -24,7 +24,8 @@ BUDGET = ("updates", "rollout_tokens")
 class RowResult:
     """A row. `cost` is the mean over seeds of what it took to get the model, experts included; None for the base.
 
-    `missing` says why a seed has no result. `budget` says how the cost differs from the reference's, where it must not.
+    `missing` says why a seed has no result. `budget` says how the cost differs from the first reference's, where it
+    must not.
     """
 
     label: str
@@ -106,7 +107,7 @@ def _mean(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _over_budget(comparison: Comparison, arm: Arm, row: Row, means: Mapping[str, Mapping[str, float]]) -> str | None:
-    reference, own = means.get(comparison.reference), means.get(row.label)
+    reference, own = means.get(comparison.reference[0]), means.get(row.label)
     if not row.equal_budget or reference is None or own is None:
         return None
     parts = [

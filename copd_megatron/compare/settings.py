@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from copd_megatron.config.load import check, read_yaml
 from copd_megatron.config.run import RunConfig
 from copd_megatron.config.section import Section
 from copd_megatron.errors import ConfigError
+
+
+def _as_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
 
 class Row(Section):
@@ -22,7 +26,8 @@ class Row(Section):
     model: str
     """What the run's evaluation calls it: base, merged, or `<branch> branch`."""
     equal_budget: bool = True
-    """Whether it must have cost as many updates and rollout tokens as the reference; an expert by itself has not."""
+    """Whether it must have cost as many updates and rollout tokens as the (first) reference; an expert by itself has
+    not."""
     ratio: float | None = Field(None, gt=0)
     """S_RL : S_OPD, of rows that belong to the plot of the rhythm sweep."""
 
@@ -45,8 +50,8 @@ class Comparison(Section):
 
     out: str
     """Folder of everything."""
-    reference: str
-    """Label of the row that all others are compared with."""
+    reference: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_several)]
+    """Label of the row that all others are compared with, or labels of several; budgets are compared with the first."""
     arms: tuple[Arm, ...] = Field(min_length=1)
     """Arms, in the order in which they are run."""
     common: dict[str, Any] = Field({})
@@ -66,11 +71,13 @@ class Comparison(Section):
     def _consistent(self) -> Comparison:
         names = [arm.name for arm in self.arms]
         labels = [row.label for arm in self.arms for row in arm.rows]
-        for what, given in (("arms: names", names), ("rows: labels", labels), ("seeds", list(self.seeds))):
+        several = {"arms: names": names, "rows: labels": labels, "seeds": self.seeds, "reference": self.reference}
+        for what, given in several.items():
             if len(set(given)) != len(given):
-                raise ValueError(f"{what} must differ, found {given}")
-        if self.reference not in labels:
-            raise ValueError(f"reference = {self.reference!r} is none of the rows {', '.join(labels)}")
+                raise ValueError(f"{what} must differ, found {list(given)}")
+        for reference in self.reference:
+            if reference not in labels:
+                raise ValueError(f"reference = {reference!r} is none of the rows {', '.join(labels)}")
         for number, arm in enumerate(self.arms):
             if arm.experts is not None and arm.experts not in names[:number]:
                 raise ValueError(f"arms.{arm.name}.experts = {arm.experts!r} is no arm before it")

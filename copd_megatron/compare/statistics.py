@@ -30,27 +30,27 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """Of a row and the reference on the same problems and seeds; `p` is the two-sided bootstrap p-value."""
+    """Of a row and a reference on the same problems and seeds; `p` is the two-sided bootstrap p-value."""
 
     p: float
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A row's numbers; `of` maps each capability and `overall`, `versus` the same minus the reference's. `benchmarks`
-    maps `capability/benchmark`, of capabilities that have several.
+    """A row's numbers; `of` maps each capability and `overall`, `versus` references to the same minus theirs.
+    `benchmarks` maps `capability/benchmark`, of capabilities that have several.
 
     `seeds` are those in which the row was run; differences are over those in which the reference was run too.
     """
 
     seeds: tuple[int, ...]
     of: Mapping[str, Interval]
-    versus: Mapping[str, Difference]
+    versus: Mapping[str, Mapping[str, Difference]]
     benchmarks: Mapping[str, Interval] = field(default_factory=dict)
 
 
 def accuracies(
-    rows: Mapping[str, Mapping[int, Outcomes]], reference: str, replicates: int = 2000
+    rows: Mapping[str, Mapping[int, Outcomes]], references: Sequence[str], replicates: int = 2000
 ) -> dict[str, Accuracy]:
     """Every row that has at least one seed. `rows` maps labels to outcomes by seed; 0 to 1, not percent.
 
@@ -62,27 +62,33 @@ def accuracies(
     """
     done = {label: {seed: found[seed] for seed in sorted(found)} for label, found in rows.items() if found}
     _check_same_problems(done)
-    anchor = done.get(reference, {})
     results = {}
     for label, found in done.items():
         seeds = tuple(found)
         own = _replicates(found, seeds, replicates)
         points = _points(found, seeds)
-        shared = tuple(seed for seed in seeds if seed in anchor)
-        versus = {}
-        if shared and label != reference:
-            both = _replicates(found, shared, replicates), _replicates(anchor, shared, replicates)
-            here, there = _points(found, shared), _points(anchor, shared)
-            versus = {
-                name: _difference(here[name] - there[name], both[0][name] - both[1][name])
-                for name in here
-                if SEPARATOR not in name
-            }
+        versus = {
+            reference: _differences(found, done[reference], replicates)
+            for reference in references
+            if reference != label and not found.keys().isdisjoint(done.get(reference, {}))
+        }
         of = {name: interval_around(points[name], own[name]) for name in points}
         capabilities = {name: interval for name, interval in of.items() if SEPARATOR not in name}
         benchmarks = {name: interval for name, interval in of.items() if SEPARATOR in name}
         results[label] = Accuracy(seeds, capabilities, versus, benchmarks)
     return results
+
+
+def _differences(
+    found: Mapping[int, Outcomes], anchor: Mapping[int, Outcomes], replicates: int
+) -> dict[str, Difference]:
+    """Of each capability and overall, over the seeds that both have."""
+    shared = tuple(seed for seed in found if seed in anchor)
+    here, there = _points(found, shared), _points(anchor, shared)
+    own, other = _replicates(found, shared, replicates), _replicates(anchor, shared, replicates)
+    return {
+        name: _difference(here[name] - there[name], own[name] - other[name]) for name in here if SEPARATOR not in name
+    }
 
 
 def _with_means(parts: Mapping[str, Numbers]) -> dict[str, Numbers]:

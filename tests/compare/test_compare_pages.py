@@ -38,7 +38,7 @@ def test_rows_say_what_they_are_what_they_cost_and_why_they_are_missing(given):
     assert rows["MOPD"].missing == {1: "not begun"}
     assert rows["CoPD 2 : 1"].accuracy is None
     assert rows["CoPD 2 : 1"].missing == {0: "out of memory", 1: "not begun"}
-    assert rows["base"].accuracy.versus["overall"].mean < -0.15
+    assert rows["base"].accuracy.versus["CoPD"]["overall"].mean < -0.15
     assert all(row.budget is None for row in rows.values())
 
 
@@ -71,7 +71,20 @@ def test_pages_have_every_row_and_every_plot(given, tmp_path):
     content = json.loads((out / "compare.json").read_text())
     row = next(row for row in content["rows"] if row["label"] == "MOPD")
     assert row["missing"] == {"1": "not begun"}
-    assert 0 < row["accuracy"]["versus"]["overall"]["p"] <= 1
+    assert 0 < row["accuracy"]["versus"]["CoPD"]["overall"]["p"] <= 1
+
+
+def test_several_references_have_a_column_each(given, tmp_path):
+    compare(describe(tmp_path, reference=["CoPD", "MOPD"]), [], Console(quiet=True), train=False)
+    lines = (tmp_path / "out" / "compare.md").read_text().splitlines()
+    header, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    assert header[4:8] == ["overall − CoPD", "p", "overall − MOPD", "p"]
+    cells = {row[0]: row[4:8] for row in rows[1:] if len(row) == len(header)}
+    assert cells["CoPD"][:2] == ["–", "–"]
+    assert cells["CoPD"][2].startswith("+")
+    assert cells["MOPD"][0].startswith("-")
+    assert cells["MOPD"][2:] == ["–", "–"]
+    assert cells["CoPD 2 : 1"] == ["–"] * 4
 
 
 def test_benchmarks_are_a_second_table(given, tmp_path):

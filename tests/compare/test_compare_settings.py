@@ -32,6 +32,9 @@ def test_run_of_an_arm_is_the_common_description_with_its_changes(tmp_path):
         ({"arms": [*DESCRIPTION["arms"], DESCRIPTION["arms"][0]]}, "arms: names must differ"),
         ({"arms": list(reversed(DESCRIPTION["arms"]))}, "experts = 'experts' is no arm before it"),
         ({"seeds": [1, 1]}, "seeds must differ"),
+        ({"reference": ["CoPD", "GRPO"]}, "reference = 'GRPO' is none of the rows"),
+        ({"reference": ["CoPD", "CoPD"]}, "reference must differ"),
+        ({"reference": []}, "reference"),
         ({"arms": [{**DESCRIPTION["arms"][2], "rows": [{"lable": "CoPD"}]}]}, "did you mean 'label'"),
     ],
 )
