@@ -94,7 +94,13 @@ class SteeredRhythm:
         return why_leave(trace, self.limits)
 
     def heed(self, version: int, readings: Readings, reason: str | None) -> Switch | None:
-        """Take note of readings and, with a `reason`, of the end of the phase."""
+        """Take note of readings and, with a `reason`, of the end of the phase.
+
+        Before the first update all branches are the same model: where overlap falls from there says nothing about how
+        fast it goes on falling, which is far slower.
+        """
+        if version == 0:
+            return None
         for name, reading in readings.items():
             self._trace.setdefault(name, []).append(reading)
         if reason is None:

@@ -62,7 +62,7 @@ def test_killed_run_switches_at_the_same_updates_to_the_same_bits(tmp_path, base
         assert log.count(f"ended after update {line['step']}: {line['reason']}") == 1
 
     # Killed in the middle of a phase, where what the rhythm remembers is more than where it stands.
-    killed = steered(tmp_path / "killed", base, rhythm=rhythm)
+    killed = steered(tmp_path / "killed", base, rhythm=rhythm, supervision={"max_restarts": 0})
     process = killed.start()
     killed.wait_for(process, "image", lambda lines: any(line["step"] == 6 for line in lines))
     killed.rank("image").send_signal(signal.SIGKILL)

@@ -51,6 +51,17 @@ def test_overlap_never_falls_below_its_bound_if_phase_one_looks_ahead(fall):
     assert min(drift.overlap.values()) >= LIMITS.low - 1e-9
 
 
+def test_the_fall_from_one_common_model_is_not_taken_for_how_branches_drift():
+    """As measured on the mini suite: 1.00 and 0.92 at the first two probes, afterwards 0.016 less at each."""
+
+    def measure(step, version):
+        return {EDGE: reading(1.0 if version == 0 else 0.92 - 0.016 * (version / 5 - 1))}
+
+    rhythm = SteeredRhythm(LENGTHS, replace(LIMITS, smoothing=1.0, ahead=1.0, sureness=0.0))
+    (_, first), *_ = check(list(simulate(rhythm, measure)))
+    assert first == 25
+
+
 def test_fast_drift_makes_short_phases_and_slow_drift_long_ones():
     fast = check(list(simulate(SteeredRhythm(LENGTHS, LIMITS), Drift(fall=0.03))))
     slow = check(list(simulate(SteeredRhythm(LENGTHS, LIMITS), Drift(fall=0.001))))
