@@ -52,7 +52,7 @@ def test_overlap_never_falls_below_its_bound_if_phase_one_looks_ahead(fall):
 
 
 def test_the_fall_from_one_common_model_is_not_taken_for_how_branches_drift():
-    """As measured on the mini suite: 1.00 and 0.92 at the first two probes, afterwards 0.016 less at each."""
+    """About as measured on the mini suite: 1.00 and 0.92 at the first two probes, afterwards 0.016 less at each."""
 
     def measure(step, version):
         return {EDGE: reading(1.0 if version == 0 else 0.92 - 0.016 * (version / 5 - 1))}
