@@ -7,7 +7,7 @@ from comparisons import DESCRIPTION, comparison, describe, make_up
 from rich.console import Console
 
 from copd_megatron.compare.command import compare
-from copd_megatron.compare.plots import absorption, draw_drift
+from copd_megatron.compare.plots import absorption, draw_drift, draw_rows
 from copd_megatron.compare.results import gather
 from copd_megatron.errors import ConfigError, CopdError
 from copd_megatron.observe.record import read_run
@@ -85,6 +85,19 @@ def test_several_references_have_a_column_each(given, tmp_path):
     assert cells["MOPD"][0].startswith("-")
     assert cells["MOPD"][2:] == ["–", "–"]
     assert cells["CoPD 2 : 1"] == ["–"] * 4
+
+
+def test_budgets_and_the_line_are_those_of_the_first_reference(given, tmp_path):
+    make_up(given, "slow", 0, SHARES["slow"], 12)
+    for references, differ in (
+        (["CoPD", "CoPD 2 : 1"], {"CoPD 2 : 1"}),
+        (["CoPD 2 : 1", "CoPD"], {"MOPD", "CoPD"}),
+    ):
+        rows = gather(comparison(tmp_path, reference=references), {})
+        assert {row.label for row in rows if row.budget} == differ
+        first = next(row.accuracy.of["overall"].mean for row in rows if row.label == references[0])
+        dotted = [line for line in draw_rows(rows, references).axes[-1].lines if line.is_dashed()]
+        assert [line.get_xdata()[0] for line in dotted] == [pytest.approx(100 * first)]
 
 
 def test_benchmarks_are_a_second_table(given, tmp_path):
